@@ -1,0 +1,522 @@
+"""The frozen teachers: one table, one loader, and the tiny specialists that stand in for them on a laptop.
+
+    teacher = load_teacher("mast3r")                     # downloads MASt3R once, keeps its encoder
+    tokens = teacher(images, grid=(24, 24))              # {"cls": None, "patch": [B, 576, 1024]}, whatever its own patch size
+"""
+
+import argparse
+import ast
+import hashlib
+import math
+import os
+import re
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import data
+from data import IMAGENET_MEAN, IMAGENET_STD, JOINTS, KINDS
+from dune import Attention, Mlp, Oops, SIZES, ViT, fast_bf16, fetch, load_strictly, plain_keys, read_checkpoint, rope_table, rotate, vit_from_state
+from dune import load as load_encoder
+
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """One row of TEACHERS: where the weights are, how to find the encoder in the file, and how it differs from a plain ViT."""
+    url: str
+    license: str
+    inside: str = ""             # the key of the file that holds the state dict ("" = the file is it)
+    prefix: str = ""             # only keys that begin so belong to the encoder, the rest of the file to other things
+    rename: dict = field(default_factory=dict)   # regular expression -> replacement, towards DINOv2's key names
+    ignore: str = r"$^"          # keys (regular expression) that belong to the published file and not to the encoder
+    position: str = ""           # see ViT; "" = as DINOv2: "antialias" with registers, "offset" without
+    pooled: bool = False         # see ViT
+    mean: tuple = IMAGENET_MEAN  # the normalisation that this teacher's images want
+    std: tuple = IMAGENET_STD
+    shape: dict = field(default_factory=dict)    # the published size, for random weights; a file's own size is read off its tensors
+
+
+DINOV2 = "https://dl.fbaipublicfiles.com/dinov2/{0}/{0}{1}_pretrain.pth"
+NAVER = "https://download.europe.naverlabs.com/ComputerVision/"
+VIT_L = dict(patch_size=14, image_size=518, **SIZES["large"])
+VIT_B16 = dict(patch_size=16, image_size=224, registers=0, layer_scale=None, **SIZES["base"])
+
+TEACHERS = {
+    # DUNE's three: 2D, 3D scenes, 3D people
+    "dinov2": Teacher(DINOV2.format("dinov2_vitl14", "_reg4"), "Apache-2.0", shape=dict(registers=4, position="antialias", **VIT_L)),
+    "mast3r": Teacher(NAVER + "MASt3R/MASt3R_ViTLarge_BaseDecoder_512_catmlpdpt_metric.pth", "CC BY-NC-SA 4.0", inside="model",
+                      prefix=r"(patch_embed|enc_blocks|enc_norm)\.", rename={r"^enc_": ""}, position="rope",
+                      mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
+                      shape=dict(VIT_L, patch_size=16, registers=0, class_token=False, layer_scale=None, position="rope")),
+    "multihmr": Teacher(NAVER + "MultiHMR/multiHMR_672_L.pt", "CC BY-NC-SA 4.0", inside="model_state_dict",
+                        prefix=r"backbone\.encoder\.", rename={r"^backbone\.encoder\.": ""}, shape=dict(registers=0, **VIT_L)),
+    # smaller DINOv2s, without registers
+    "dinov2_vits14": Teacher(DINOV2.format("dinov2_vits14", ""), "Apache-2.0", shape=dict(VIT_L, registers=0, **SIZES["small"])),
+    "dinov2_vitb14": Teacher(DINOV2.format("dinov2_vitb14", ""), "Apache-2.0", shape=dict(VIT_L, registers=0, **SIZES["base"])),
+    # UNIC's four, all ViT-B/16 at 224 px
+    "dino": Teacher("https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", "Apache-2.0", shape=VIT_B16),
+    "ibot": Teacher("https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/archive/2022/ibot/vitb_16_rand_mask/checkpoint_teacher.pth",
+                    "Apache-2.0", inside="state_dict", shape=VIT_B16),
+    "deit3": Teacher("https://dl.fbaipublicfiles.com/deit/deit_3_base_224_1k.pth", "Apache-2.0", inside="model",
+                     rename={r"\.gamma_(\d)$": r".ls\1.gamma"}, ignore=r"head\.", shape=dict(VIT_B16, layer_scale=1e-4)),
+    "dbotft": Teacher("https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/mmodal/dbot/84.5_dbot_base_finetune.pth", "CC BY-NC 4.0",
+                      inside="model", rename={r"^fc_norm\.": "norm."}, ignore=r"head\.", pooled=True, shape=dict(VIT_B16, pooled=True)),
+}
+
+
+class FrozenTeacher(nn.Module):
+    """A teacher's encoder behind one interface: ImageNet-normalised images in, tokens on the asked grid out, no gradient."""
+
+    def __init__(self, name, vit):
+        super().__init__()
+        self.name, self.vit, self.dim, self.patch_size = name, vit, vit.embed_dim, vit.patch_size
+        self.has_cls = vit.pooled or vit.cls_token is not None
+        row = TEACHERS[name]
+        # ImageNet's normalisation into the teacher's own, as one multiplication and one addition
+        for key, value in (("gain", [s / t for s, t in zip(IMAGENET_STD, row.std)]),
+                           ("offset", [(m - n) / t for m, n, t in zip(IMAGENET_MEAN, row.mean, row.std)])):
+            self.register_buffer(key, torch.tensor(value)[:, None, None], persistent=False)
+        self.renormalise = (row.mean, row.std) != (IMAGENET_MEAN, IMAGENET_STD)
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, images, grid=None):
+        """images [B, 3, H, W], ImageNet-normalised -> {"cls": [B, D] or None, "patch": [B, rows*cols, D]}.
+
+        grid (rows, cols): the wanted token grid; the image is resized to it if it has another size (bicubic). None: as the image is.
+        """
+        return self.features(images, grid)
+
+    def features(self, images, grid=None):
+        """forward(), with gradient: for a specialist that still learns."""
+        if grid is not None:
+            size = (grid[0] * self.patch_size, grid[1] * self.patch_size)
+            if images.shape[-2:] != size:
+                images = F.interpolate(images, size, mode="bicubic", align_corners=True)
+        if self.renormalise:
+            images = images * self.gain + self.offset
+        return self.vit(images.to(self.vit.norm.weight.dtype))
+
+
+def encoder_state(name, file, path):
+    """The encoder's tensors of a published file, under ViT's key names."""
+    row = TEACHERS[name]
+    state = file.get(row.inside) if row.inside and isinstance(file, dict) else file
+    if not isinstance(state, dict):
+        raise Oops(f"{path} is no file of teacher {name}: it has no '{row.inside}'")
+    state = {k: v for k, v in state.items() if torch.is_tensor(v)}
+    if row.prefix:
+        state = {k: v for k, v in state.items() if re.match(row.prefix, k)}
+    state = {k: v for k, v in state.items() if not re.match(row.ignore, k)}
+    for old, new in row.rename.items():
+        state = {re.sub(old, new, k): v for k, v in state.items()}
+    state = plain_keys(state)
+    if not state:
+        raise Oops(f"{path} is no file of teacher {name}: nothing in it belongs to the encoder")
+    if row.position != "rope" and "cls_token" in state and "pos_embed" in state:
+        patches = state["pos_embed"].shape[1]
+        if round(patches**0.5) ** 2 == patches:  # DeiT-III's covers the patches only: its class token has none, which is a zero
+            state["pos_embed"] = torch.cat([torch.zeros_like(state["pos_embed"][:, :1]), state["pos_embed"]], 1)
+    return state
+
+
+def load_teacher(name, weights=None, device="cpu", dtype=torch.float32):
+    """A frozen teacher (FrozenTeacher), its size read off the weights.
+
+    name     a row of TEACHERS
+    weights  a file in the published layout; "random" for random weights of the published size; None: the published file, downloaded
+    Raises Oops for an unknown name and for a file that is missing, unreadable or of another layout (naming the tensor).
+    """
+    if name not in TEACHERS:
+        raise Oops(f"unknown teacher '{name}'; there are: {', '.join(TEACHERS)}")
+    row = TEACHERS[name]
+    if weights == "random":
+        vit = ViT(**row.shape)
+    else:
+        path = weights or fetch(row.url)
+        state = encoder_state(name, read_checkpoint(path), path)
+        position = row.position or ("antialias" if "register_tokens" in state else "offset")
+        vit = load_strictly(vit_from_state(state, path, position=position, pooled=row.pooled), state, path)
+    return FrozenTeacher(name, vit).to(device, dtype)
+
+
+# -------------------------------------------------------------------------------------------------------------- the probes
+# What can be read off features on the procedural scenes by linear layers. With a frozen encoder this measures it (eval.py study);
+# with an encoder that learns along it makes a tiny specialist.
+
+
+class Probe(nn.Module):
+    """Linear heads for one domain of procedural scenes, on the features {"cls": [B, D] or None, "patch": [B, rows*cols, D]}.
+
+    objects  its kind (from the class token, or the mean patch) and each patch's kind or background
+    rooms    each patch's log depth and surface normal
+    people   for each joint: which patches hold one, where exactly (fractions of the image), and where in 3D (metres from the pelvis)
+    """
+
+    def __init__(self, domain, dim, grid):
+        super().__init__()
+        self.domain, self.grid = domain, grid
+        self.head = nn.Linear(dim, {"objects": len(KINDS) + 1, "rooms": 4, "people": 6 * len(JOINTS)}[domain])
+        self.kind = nn.Linear(dim, len(KINDS)) if domain == "objects" else None
+
+    def targets(self, scenes):
+        """Labels on the token grid from a batch of scenes (see data.py), tensors on the CPU."""
+        rows, cols = self.grid
+        if self.domain == "objects":
+            cover = F.adaptive_avg_pool2d(scenes["mask"].float()[:, None], self.grid).flatten(1)
+            return {"kind": scenes["label"], "patch": torch.where(cover > 0.5, scenes["label"][:, None] + 1, 0)}
+        if self.domain == "rooms":
+            depth = F.adaptive_avg_pool2d(scenes["depth"].log()[:, None], self.grid).flatten(2).transpose(1, 2)
+            normals = F.adaptive_avg_pool2d(scenes["normals"].permute(0, 3, 1, 2), self.grid).flatten(2).transpose(1, 2)
+            return {"depth": depth, "normals": F.normalize(normals, dim=-1)}
+        place, size = scenes["joints2d"], torch.tensor([cols, rows])
+        inside = scenes["visible"][..., None] & ((place >= 0) & (place < 1)).all(-1)  # [n, figures, joints]
+        image, figure, joint = inside.nonzero(as_tuple=True)
+        place = place[image, figure, joint]
+        cell = (place * size).long()
+        patch = cell[:, 1] * cols + cell[:, 0]
+        around = (torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")[::-1], -1).flatten(0, 1) + 0.5) / size
+        here = torch.zeros(len(inside), rows * cols, len(JOINTS))  # a soft spot around each joint: 1 at it, 0.6 a patch away
+        for figure in range(inside.shape[1]):
+            gap = (scenes["joints2d"][:, figure][:, None] - around[:, None]) * size
+            here = torch.maximum(here, torch.exp(-gap.square().sum(-1) / 2) * inside[:, figure][:, None])
+        return {"here": here, "image": image, "patch": patch, "joint": joint, "place": place, "centres": around,
+                "xyz": (scenes["joints3d"] - scenes["joints3d"][:, :, 2:3])[image, figure, joint]}
+
+    def forward(self, features, targets):
+        """The predictions that belong to the targets."""
+        patch = features["patch"]
+        if self.domain == "objects":
+            return {"kind": self.kind(features["cls"] if features["cls"] is not None else patch.mean(1)), "patch": self.head(patch)}
+        if self.domain == "rooms":
+            depth, normals = self.head(patch).split([1, 3], -1)
+            return {"depth": depth, "normals": F.normalize(normals, dim=-1)}
+        here, offset, xyz = self.head(patch).unflatten(-1, (len(JOINTS), 6)).split([1, 2, 3], -1)
+        return {"here": here[..., 0], "place": offset + targets["centres"][:, None], "xyz": xyz}
+
+    def loss(self, out, targets):
+        if self.domain == "objects":
+            return F.cross_entropy(out["kind"], targets["kind"]) + F.cross_entropy(out["patch"].transpose(1, 2), targets["patch"])
+        if self.domain == "rooms":
+            return (out["depth"] - targets["depth"]).abs().mean() * 2 + 1 - (out["normals"] * targets["normals"]).sum(-1).mean()
+        at = targets["image"], targets["patch"], targets["joint"]
+        return (F.binary_cross_entropy_with_logits(out["here"], targets["here"], pos_weight=torch.tensor(3.0)) * 10
+                + 10 * (out["place"][at] - targets["place"]).abs().mean() + 3 * (out["xyz"][at] - targets["xyz"]).abs().mean())
+
+    def metrics(self, out, targets):
+        """{name: value}: accuracy and mIoU in %; depth RMSE in m, delta1 in %, normals in degrees; joints within 5 % of the side in %, cm."""
+        if self.domain == "objects":
+            guess, truth = out["patch"].argmax(-1), targets["patch"]
+            iou = [((guess == k) & (truth == k)).sum() / ((guess == k) | (truth == k)).sum().clamp(min=1) for k in range(len(KINDS) + 1) if (truth == k).any()]
+            return {"accuracy": 100 * (out["kind"].argmax(-1) == targets["kind"]).float().mean().item(), "mIoU": 100 * torch.stack(iou).mean().item()}
+        if self.domain == "rooms":
+            ratio = (out["depth"] - targets["depth"]).abs()
+            angle = (out["normals"] * targets["normals"]).sum(-1).clamp(-1, 1).acos()
+            return {"depth RMSE": (out["depth"].exp() - targets["depth"].exp()).square().mean().sqrt().item(),
+                    "delta1": 100 * (ratio < 0.2231).float().mean().item(),  # log 1.25
+                    "normals": torch.rad2deg(angle).mean().item()}
+        # A joint is found if one of the three best guesses for its kind in the image lies within 5 % of the side.
+        best = out["here"].topk(3, dim=1).indices  # [n, 3, joints]
+        guess = out["place"].gather(1, best[..., None].expand(-1, -1, -1, 2))
+        at = targets["image"], targets["patch"], targets["joint"]
+        near = (guess[targets["image"], :, targets["joint"]] - targets["place"][:, None]).norm(dim=-1).amin(1) < 0.05
+        return {"joints 2D": 100 * near.float().mean().item(), "joints 3D": 100 * (out["xyz"][at] - targets["xyz"]).norm(dim=-1).mean().item()}
+
+
+# ---------------------------------------------------------------------------------------------------- the tiny specialists
+# Stand-ins for the three teachers that differ as they do (class token and registers or not, RoPE or learned positions, patch 16
+# or 14), each trained on its own domain only, from labels. Written in the published layouts: everything after this is the same code.
+
+TINY = dict(image_size=112, embed_dim=192, depth=3, num_heads=3, layer_scale=None)
+SPECIALISTS = {  # teacher: (domain, shape, learning rate)
+    "dinov2": ("objects", dict(TINY, patch_size=14, registers=4, position="antialias"), 1e-3),
+    "mast3r": ("rooms", dict(TINY, patch_size=16, registers=0, class_token=False, position="rope"), 1e-3),
+    "multihmr": ("people", dict(TINY, patch_size=14, registers=0), 2e-3),
+}
+TINY_GRID = (8, 8)
+TINY_SCENES, TINY_EPOCHS = 6000, 3
+
+
+def published_layout(name, state):
+    """A specialist's state dict as the published file of that teacher would hold it."""
+    if name == "mast3r":
+        return {"args": argparse.Namespace(), "model": {re.sub(r"^(blocks|norm)\.", r"enc_\1.", k): v for k, v in state.items()}}
+    if name == "multihmr":
+        return {"model_state_dict": {f"backbone.encoder.{k}": v for k, v in state.items()}}
+    return state
+
+
+def specialist_path(name):
+    """Where the tiny specialist of a teacher lies once it is made: its name tells the recipe, so that a changed one is made anew."""
+    key = hashlib.sha1(repr((SPECIALISTS[name], TINY_SCENES, TINY_EPOCHS)).encode()).hexdigest()[:8]
+    return os.path.join(data.cache_folder(), f"tiny-{name}-{key}.pth")
+
+
+def prepare_specialists(names):
+    """Train the tiny specialists that are not in the cache yet: about a minute each on two cores."""
+    for name in names:
+        if not os.path.exists(specialist_path(name)):
+            scenes = data.labelled_scenes(SPECIALISTS[name][0], 0, TINY_SCENES, TINY["image_size"])
+            make_specialist(name, scenes, specialist_path(name))
+
+
+def make_specialist(name, scenes, path, epochs=TINY_EPOCHS, batch=16, seed=0):
+    """Train a tiny specialist on its own domain and write it to `path` in the published layout.
+
+    scenes: {label: tensor [n, ...]} of its domain with "image" uint8 [n, 3, S, S] and the labels that Probe reads.
+    """
+    domain, shape, lr = SPECIALISTS[name]
+    torch.manual_seed(seed)
+    vit = ViT(**shape)
+    teacher = FrozenTeacher(name, vit).train().requires_grad_(True)
+    probe = Probe(domain, vit.embed_dim, TINY_GRID)
+    params = [*vit.parameters(), *probe.parameters()]
+    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.03, betas=(0.9, 0.99), fused=True)
+    steps = epochs * len(scenes["image"]) // batch
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.1)
+    order = torch.cat([torch.randperm(len(scenes["image"])) for _ in range(epochs)])
+    for rows in tqdm(order[:steps * batch].split(batch), f"tiny {name}: learns {domain}", unit_scale=batch, unit=" images", leave=False):
+        part = {k: v[rows] for k, v in scenes.items()}
+        targets = probe.targets(part)
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16("cpu")):
+            out = probe(teacher.features(data.normalise(part["image"]), TINY_GRID), targets)
+        loss = probe.loss({k: v.float() for k, v in out.items()}, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        schedule.step()
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    torch.save(published_layout(name, vit.state_dict()), path + ".part")
+    os.replace(path + ".part", path)
+
+
+# --------------------------------------------------------------------------------------------- two photographs to 3D: MASt3R
+# MASt3R's two-view decoder and heads (arXiv 2406.09756), on its own encoder or on a frozen DUNE (DUNE section 4). Modules are named
+# as the published files name them.
+
+TWO_VIEW = {"dune": "https://download.europe.naverlabs.com/dune/dunemast3r_cvpr25_vitbase.pth",
+            "dune_small": "https://download.europe.naverlabs.com/dune/dunemast3r_cvpr25_vitsmall.pth",
+            "mast3r": TEACHERS["mast3r"].url}
+TINY_DECODER = dict(dim=128, depth=3, maps=(24, 32, 48, 64), features=32, last=16, hidden=192)
+
+
+class CrossAttention(nn.Module):
+    """Queries from one view, keys and values from the other, each turned by its own positions."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.projq, self.projk, self.projv, self.proj = (nn.Linear(dim, dim) for _ in range(4))
+
+    def forward(self, x, y, rope_x, rope_y):
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.projq(x), self.projk(y), self.projv(y)))
+        x = F.scaled_dot_product_attention(rotate(q, rope_x), rotate(k, rope_y), v)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class DecoderBlock(nn.Module):
+    """Block that looks at the other view y between attention and MLP."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1, self.norm2, self.norm3, self.norm_y = (nn.LayerNorm(dim, eps=1e-6) for _ in range(4))
+        self.attn, self.cross_attn, self.mlp = Attention(dim, heads), CrossAttention(dim, heads), Mlp(dim, 4 * dim)
+
+    def forward(self, x, y, rope_x, rope_y):
+        x = x + self.attn(self.norm1(x), rope_x)
+        x = x + self.cross_attn(self.norm2(x), self.norm_y(y), rope_x, rope_y)
+        return x + self.mlp(self.norm3(x))
+
+
+class ResidualConv(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(dim, dim, 3, padding=1) for _ in range(2))
+
+    def forward(self, x):
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+class Fusion(nn.Module):
+    """Joins a finer map (skip) to the coarser ones and doubles the resolution."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.out_conv = nn.Conv2d(dim, dim, 1)
+        self.resConfUnit1, self.resConfUnit2 = ResidualConv(dim), ResidualConv(dim)  # the coarsest has no skip: its first is idle
+
+    def forward(self, x, skip=None):
+        x = x if skip is None else x[..., :skip.shape[-2], :skip.shape[-1]] + self.resConfUnit1(skip)
+        x = F.interpolate(self.resConfUnit2(x), scale_factor=2, mode="bilinear", align_corners=True)
+        return self.out_conv(x)
+
+
+class DPT(nn.Module):
+    """Dense prediction (Ranftl et al. 2021): four layers of tokens -> [B, 4, rows*patch, cols*patch].
+
+    dims: channels of the four layers' tokens; maps: their channels as maps at 4, 2, 1 and 1/2 times the token grid.
+    """
+
+    def __init__(self, dims, patch, maps=(96, 192, 384, 768), features=256, last=128):
+        super().__init__()
+        self.patch = patch
+        resize = nn.ConvTranspose2d(maps[0], maps[0], 4, 4), nn.ConvTranspose2d(maps[1], maps[1], 2, 2), None, nn.Conv2d(maps[3], maps[3], 3, 2, 1)
+        self.act_postprocess = nn.ModuleList(nn.Sequential(nn.Conv2d(d, m, 1), *([r] if r else [])) for d, m, r in zip(dims, maps, resize))
+        self.layer_rn = nn.ModuleList(nn.Conv2d(m, features, 3, padding=1, bias=False) for m in maps)
+        self.refinenet1, self.refinenet2, self.refinenet3, self.refinenet4 = (Fusion(features) for _ in range(4))
+        self.head = nn.ModuleDict({"0": nn.Conv2d(features, features // 2, 3, padding=1),
+                                   "2": nn.Conv2d(features // 2, last, 3, padding=1), "4": nn.Conv2d(last, 4, 1)})
+
+    def forward(self, layers, grid):
+        rows, cols = grid
+        maps = [rn(post(x.transpose(1, 2).unflatten(2, grid))) for x, post, rn in zip(layers, self.act_postprocess, self.layer_rn)]
+        x = self.refinenet3(self.refinenet4(maps[3]), maps[2])
+        x = self.head["0"](self.refinenet1(self.refinenet2(x, maps[1]), maps[0]))
+        x = F.interpolate(x, (rows * self.patch, cols * self.patch), mode="bilinear", align_corners=True)
+        return self.head["4"](F.relu(self.head["2"](x)))
+
+
+class TwoViewHead(nn.Module):
+    """One view's outputs, per pixel, from [encoder tokens, output of each decoder block]; see TwoView."""
+
+    def __init__(self, encoder_dim, dim, depth, patch, hidden=None, descriptor=24, **dpt_sizes):
+        super().__init__()
+        self.patch, self.hooks = patch, (0, depth // 2, depth * 3 // 4, depth)
+        self.dpt = DPT((encoder_dim, dim, dim, dim), patch, **dpt_sizes)
+        joined = encoder_dim + dim
+        self.head_local_features = Mlp(joined, hidden or 4 * joined, (descriptor + 1) * patch**2)
+
+    def forward(self, layers, grid):
+        raw = self.dpt([layers[i] for i in self.hooks], grid).permute(0, 2, 3, 1)
+        local = self.head_local_features(torch.cat([layers[0], layers[-1]], -1)).transpose(1, 2).unflatten(2, grid)
+        local = F.pixel_shuffle(local, self.patch).permute(0, 2, 3, 1)
+        distance = raw[..., :3].norm(dim=-1, keepdim=True)
+        return {"pts3d": raw[..., :3] / distance.clamp(min=1e-8) * distance.expm1(), "conf": 1 + raw[..., 3].exp(),
+                "desc": F.normalize(local[..., :-1], dim=-1), "desc_conf": local[..., -1].exp()}
+
+
+class TwoView(nn.Module):
+    """MASt3R on a frozen encoder: its own (RoPE, with the last norm) or a DUNE (without it, but with `norm`, a LayerNorm of the decoder's).
+
+    dim, depth       of the decoder: `depth` pairs of blocks, heads of 64 channels
+    patch            pixels that the heads put in the place of a token; the image is resized if the encoder's patch is another
+    head_sizes       maps, features, last, hidden, descriptor: see DPT and TwoViewHead
+    """
+
+    def __init__(self, encoder, dim=768, depth=12, patch=None, **head_sizes):
+        super().__init__()
+        self.encoder, self.patch, self.head_dim = encoder.eval().requires_grad_(False), patch or encoder.patch_size, 64
+        self.norm = None if encoder.position == "rope" else nn.LayerNorm(encoder.embed_dim)
+        self.decoder_embed = nn.Linear(encoder.embed_dim, dim)
+        self.dec_blocks, self.dec_blocks2 = (nn.ModuleList(DecoderBlock(dim, dim // self.head_dim) for _ in range(depth)) for _ in range(2))
+        self.dec_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.downstream_head1, self.downstream_head2 = (TwoViewHead(encoder.embed_dim, dim, depth, self.patch, **head_sizes) for _ in range(2))
+        for key, value in (("gain", [0.5 / s for s in IMAGENET_STD]), ("offset", [(0.5 - m) / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD)])):
+            self.register_buffer(key, torch.tensor(value)[:, None, None], persistent=False)  # MASt3R's normalisation into ImageNet's
+
+    def encode(self, images, grid):
+        """[B, 3, H, W] in MASt3R's normalisation -> the tokens that the decoder reads, [B, rows*cols, D]."""
+        size = tuple(n * self.encoder.patch_size for n in grid)
+        with torch.no_grad():
+            if images.shape[-2:] != size:
+                images = F.interpolate(images, size, mode="bicubic", align_corners=True)
+            if self.norm is None:
+                return self.encoder(images)["patch"]
+            tokens = self.encoder(images * self.gain + self.offset, norm=False)["patch"]
+        return self.norm(tokens)
+
+    def forward(self, view1, view2):
+        """Two image batches [B, 3, H, W] in MASt3R's normalisation (2 x - 1 of images in 0..1), the two of any size -> two dictionaries.
+
+        pts3d [B, H, W, 3] metres, both views' in view 1's camera frame (x right, y down, z forward); conf [B, H, W] > 1, the points'
+        confidence; desc [B, H, W, 24] unit descriptors; desc_conf [B, H, W] > 0, theirs. fp32; on a GPU all but the heads runs in bf16.
+        Raises Oops if a side is no multiple of the patch size.
+        """
+        for view in (view1, view2):
+            if view.shape[-2] % self.patch or view.shape[-1] % self.patch:
+                raise Oops(f"image size {view.shape[-2]}x{view.shape[-1]} is no multiple of the patch size {self.patch}")
+        grids = [(view.shape[-2] // self.patch, view.shape[-1] // self.patch) for view in (view1, view2)]
+        with torch.autocast(view1.device.type, torch.bfloat16, enabled=view1.device.type == "cuda"):
+            a, b = layers = [[self.encode(view, grid)] for view, grid in zip((view1, view2), grids)]
+            x, y = self.decoder_embed(a[0]), self.decoder_embed(b[0])
+            rope_x, rope_y = (rope_table(*grid, 0, self.head_dim, view1.device) for grid in grids)
+            for block1, block2 in zip(self.dec_blocks, self.dec_blocks2):
+                x, y = block1(x, y, rope_x, rope_y), block2(y, x, rope_y, rope_x)
+                a.append(x), b.append(y)
+            a[-1], b[-1] = self.dec_norm(x), self.dec_norm(y)
+        with torch.autocast(view1.device.type, enabled=False):
+            heads = self.downstream_head1, self.downstream_head2
+            return tuple(head([t.float() for t in tokens], grid) for head, tokens, grid in zip(heads, layers, grids))
+
+
+# What the code above computes, as the published constructor calls spell it.
+TWO_VIEW_OPTIONS = {"head_type": "catmlp+dpt", "output_mode": "pts3d+desc24", "depth_mode": ("exp", -math.inf, math.inf),
+                    "conf_mode": ("exp", 1, math.inf), "desc_conf_mode": ("exp", 0, math.inf), "two_confs": True, "pos_embed": "RoPE100"}
+
+
+def parse_call(text):
+    """The keyword arguments of a constructor call with literal values (and inf), read and not evaluated. ValueError if it is anything else."""
+    class Infinity(ast.NodeTransformer):
+        def visit_Name(self, node):
+            return ast.Constant(math.inf) if node.id == "inf" else node
+    try:
+        call = Infinity().visit(ast.parse(text.strip(), mode="eval").body)
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args:
+            return {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError):
+        pass
+    raise ValueError(f"not a constructor call: {text[:80]}")
+
+
+def load_two_view(weights=None, device="cpu", encoder=None):
+    """TwoView in eval mode, every size read off the tensors.
+
+    weights  a published MASt3R or DUNE-MASt3R file, one that eval.py two-view has trained, a name of TWO_VIEW (downloaded), None: "dune"
+    encoder  the DUNE encoder's file, for a DUNE-MASt3R file that does not hold it; None: the published one that the file names
+    Raises Oops for a file that is missing, unreadable or of another architecture (naming the tensor or the option).
+    """
+    path = str(weights or "dune")
+    path = fetch(TWO_VIEW[path]) if path in TWO_VIEW and not os.path.exists(path) else path
+    file = read_checkpoint(path)
+    state = file.get("model") if isinstance(file, dict) else None
+    if not isinstance(state, dict) or not any(k.endswith("decoder_embed.weight") for k in state):
+        raise Oops(f"{path} holds no two-view model: neither MASt3R's nor DUNE-MASt3R's decoder is in it")
+    if "mast3r_model_str" in file:
+        try:
+            options = parse_call(file["mast3r_model_str"])
+        except ValueError as error:
+            raise Oops(f"{path}: cannot read its mast3r_model_str ({error})") from None
+        for key, value in TWO_VIEW_OPTIONS.items():
+            if options.get(key, value) != value:
+                raise Oops(f"{path} is another architecture: {key} is {options[key]!r}, expected {value!r}")
+
+    if "mast3r.decoder_embed.weight" in state:  # the DUNE encoder is a file of its own, what is left of MASt3R's is idle
+        own = plain_keys({k[len("dune_backbone."):]: v for k, v in state.items() if k.startswith("dune_backbone.")})
+        vit = load_strictly(vit_from_state(own, path), own, path) if own else load_encoder(
+            encoder or re.sub("_encoder$", "", str(file.get("dune_backbone_name")).replace("_14_", "14_")), encoder_only=True)
+        rest = {re.sub(r"^mast3r\.", "", k): v for k, v in state.items() if k.startswith("norm.") or re.match(r"mast3r\.(dec|down)", k)}
+        foreign = next((k for k in state if not re.match(r"(norm|dune_backbone|imagenet_(mean|std)$|mast3r\.(dec|down|mask_token$|patch_embed|enc_norm))", k)), None)
+        if foreign:
+            raise Oops(f"{path}: the file has the unknown tensor {foreign}; is it the right file for this model?")
+    else:
+        own = encoder_state("mast3r", file, path)
+        vit = load_strictly(vit_from_state(own, path, position="rope"), own, path)
+        rest = {k: v for k, v in state.items() if k != "mask_token" and not re.match(TEACHERS["mast3r"].prefix, k)}
+    if not any(k.startswith("dec_blocks2.") for k in rest):
+        rest.update({k.replace("dec_blocks.", "dec_blocks2."): v for k, v in rest.items() if k.startswith("dec_blocks.")})
+    rest = {k.replace("dpt.scratch.", "dpt."): v for k, v in rest.items() if not re.search(r"scratch\.layer\d_rn\.", k)}
+    size = {k: len(v) for k, v in rest.items() if k.startswith("downstream_head1.") and v.ndim > 0}
+    try:
+        head = "downstream_head1.{}.weight".format
+        model = TwoView(vit, len(rest["decoder_embed.weight"]), 1 + max(int(k.split(".")[1]) for k in rest if k.startswith("dec_blocks.")),
+                        maps=[size[head(f"dpt.act_postprocess.{j}.0")] for j in range(4)], features=size[head("dpt.layer_rn.0")],
+                        last=size[head("dpt.head.2")], hidden=size[head("head_local_features.fc1")],
+                        descriptor=size[head("head_local_features.fc2")] // vit.patch_size**2 - 1)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise Oops(f"{path} is no two-view model of a known layout ({error})") from None
+    return load_strictly(model, {**{f"encoder.{k}": v for k, v in vit.state_dict().items()}, **rest}, path).eval().to(device)
