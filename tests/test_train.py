@@ -1,0 +1,259 @@
+"""The loop: it learns, it resumes to the last bit, several processes are one, nothing in a step waits, and mistakes are told in a line."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dune
+import train
+
+ROOT = os.path.dirname(os.path.abspath(dune.__file__))
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """Three small teachers in the published layouts, as --weights arguments."""
+    folder, args = tmp_path_factory.mktemp("weights"), []
+    for name, fixture in (("dinov2", "dinov2_reg"), ("mast3r", "mast3r"), ("multihmr", "multihmr")):
+        torch.save(dune.read_checkpoint(os.path.join(ROOT, "tests", "golden", f"{fixture}.pt"))["checkpoint"], folder / f"{name}.pth")
+        args += ["--weights", f"{name}={folder / name}.pth"]
+    return args
+
+
+SMALL = "--arch tiny --image-size 56 --batch 12 --lr 1e-2 --layer-scale 0 --log-every 1 --workers 0 --device cpu --dtype fp32 --compile no".split()
+
+
+def log_of(folder):
+    with open(folder / "log.jsonl") as file:
+        return [json.loads(line) for line in file]
+
+
+def losses(folder):
+    return [[line["loss"]] + [line[t]["loss"] for t in ("dinov2", "mast3r", "multihmr")] for line in log_of(folder)]
+
+
+def torchrun(processes, *args, **options):
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    return subprocess.Popen([*command, "train.py", *map(str, args)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def test_a_run_learns_and_leaves_what_it_says(weights, tmp_path, capsys):
+    train.main([*SMALL, *weights, "--steps", "40", "--out", str(tmp_path), "--warmup", "0.1", "--log-every", "5", "--keep", "2", "--save-every", "15"])
+    text = capsys.readouterr().out
+    assert "procedural scenes" in text
+    for name in ("checkpoint.pt", "log.jsonl", "pca.png"):
+        assert str(tmp_path / name) in text and (tmp_path / name).stat().st_size > 1000
+    for line in text.splitlines():
+        if line.startswith(("dinov2 ", "mast3r ", "multihmr ")):
+            _, before, after = line.split()
+            assert float(after) < 0.97 * float(before), line
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-00000030.pt", "checkpoint-00000040.pt"]
+    last = log_of(tmp_path)[-1]
+    assert last["step"] == 40 and last["images"] == 480 and last["skipped"] == 0 and last["bad_images"] == 0
+    assert set(last["dinov2"]) == {"cls_cos", "cls_sl1", "patch_cos", "patch_sl1", "share", "loss"}
+    assert sum(last[t]["share"] for t in ("dinov2", "mast3r", "multihmr")) == pytest.approx(1)
+    assert {"lr", "momentum", "grad_norm", "images_per_s", "data_wait", "memory_gb"} <= set(last)
+    assert isinstance(dune.load(tmp_path / "checkpoint.pt"), dune.DUNE)
+    train.main(["--plot", str(tmp_path)])
+    assert (tmp_path / "plot.png").exists()
+
+
+def test_a_run_stopped_twice_is_the_undisturbed_run_to_the_last_bit(weights, tmp_path, monkeypatch):
+    args = [*SMALL, *weights, "--steps", "6", "--drop-path", "0.2", "--sharing", "own+generic"]
+    train.main([*args, "--out", str(tmp_path / "whole")])
+    asked = train.Processes.stop_asked
+    for stop_at in (2, 4):  # as a signal would
+        count = iter(range(100))
+        monkeypatch.setattr(train.Processes, "stop_asked", lambda self: next(count) == 1)
+        train.main([*args, "--out", str(tmp_path / "parts")])
+        assert log_of(tmp_path / "parts")[-1]["step"] == stop_at
+    monkeypatch.setattr(train.Processes, "stop_asked", asked)
+    train.main([*args, "--out", str(tmp_path / "parts")])
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    a, b = (dune.read_checkpoint(tmp_path / name / "checkpoint.pt")["model"] for name in ("whole", "parts"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("options", [[], ["--sharing", "own", "--accumulate", "3"]])
+def test_several_processes_and_parts_are_one(options, weights, tmp_path):
+    """The same global batch gives the same losses on 1, 2 and 4 processes, and with --accumulate."""
+    common = [*SMALL, *weights, "--steps", "20"]
+    train.main([*common, *options[:2], "--out", str(tmp_path / "1")])
+    runs = {n: torchrun(n, *common, *options, "--out", tmp_path / str(n)) for n in (2, 4)}
+    for n, run in runs.items():
+        text, _ = run.communicate(timeout=300)
+        assert run.returncode == 0, text[-3000:]
+        torch.testing.assert_close(torch.tensor(losses(tmp_path / str(n))), torch.tensor(losses(tmp_path / "1")), rtol=1e-4, atol=0)
+
+
+def test_sigterm_ends_all_processes_with_a_checkpoint_and_exit_code_0(weights, tmp_path):
+    run = torchrun(2, *SMALL, *weights, "--steps", "100000", "--out", tmp_path)
+    while not (tmp_path / "log.jsonl").exists() or not (tmp_path / "log.jsonl").read_text():
+        assert run.poll() is None, run.communicate()[0][-3000:]
+        time.sleep(0.2)
+    children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[0]), signal.SIGUSR1)  # one is told, both stop
+    text, _ = run.communicate(timeout=60)
+    assert run.returncode == 0 and "the same command continues" in text, text[-3000:]
+    assert dune.read_checkpoint(tmp_path / "checkpoint.pt")["step"] == log_of(tmp_path)[-1]["step"]
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make the host wait for a device: reading a value, nonzero, masks as indices, copies to the CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "unique2", "is_nonzero", "equal"):
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_step_waits_for_the_device_but_the_log_step(weights, tmp_path):
+    with Waits() as waits:
+        train.main([*SMALL, *weights, "--steps", "3", "--out", str(tmp_path / "a"), "--log-every", "1000"])
+        short = len(waits.seen)
+        train.main([*SMALL, *weights, "--steps", "9", "--out", str(tmp_path / "b"), "--log-every", "1000"])
+    assert len(waits.seen) - short == short, "six more steps, six times the same?"
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_ten_stop_the_run(weights, tmp_path, monkeypatch):
+    original, poisoned = train.teach, {2}
+
+    def poison(teacher, images, rows, grid):
+        out = original(teacher, images, rows, grid)
+        poison.calls += teacher.name == "dinov2"
+        return {k: x * float("nan") if k == "cls" and teacher.name == "dinov2" and poison.calls in poisoned else x for k, x in out.items()}
+    poison.calls = 0
+    monkeypatch.setattr(train, "teach", poison)
+    train.main([*SMALL, *weights, "--steps", "4", "--out", str(tmp_path / "a")])
+    assert [line["skipped"] for line in log_of(tmp_path / "a")] == [0, 1, 1, 1]
+    assert all(x.isfinite().all() for x in dune.read_checkpoint(tmp_path / "a" / "checkpoint.pt")["model"].values())
+    poison.calls, poisoned = 0, set(range(3, 100))
+    with pytest.raises(dune.Oops, match="not finite for 10 steps until step 12 .dinov2, cls tokens"):
+        train.main([*SMALL, *weights, "--steps", "50", "--out", str(tmp_path / "b")])
+
+
+def test_a_full_disk_is_told_and_the_older_checkpoint_stays(tmp_path, monkeypatch):
+    path = str(tmp_path / "checkpoint.pt")
+    train.save(path, {"step": 1})
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(dune.Oops, match="No space left"):
+        train.save(path, {"step": 2})
+    assert dune.read_checkpoint(path) == {"step": 1} and os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+KILL = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import train
+for step in range(1, 10**6):
+    train.save(sys.argv[2], {"step": step, "model": torch.full((50_000,), step)}, keep=2)
+    print(step, flush=True)
+"""
+
+
+def test_killed_while_saving_there_is_always_one_that_loads(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    for attempt in range(12):
+        run = subprocess.Popen([sys.executable, "-c", KILL, ROOT, str(path)], stdout=subprocess.PIPE, text=True)
+        step = int(run.stdout.readline())
+        time.sleep(0.003 * attempt)
+        run.kill()
+        run.wait()
+        for found in tmp_path.glob("checkpoint*.pt"):
+            file = dune.read_checkpoint(found)
+            assert file["model"].eq(file["step"]).all()
+        assert dune.read_checkpoint(path)["step"] >= step
+
+
+@pytest.mark.parametrize("args, message", [
+    ("--teachers dinov2,dinov9", "unknown or repeated teacher"),
+    ("--image-size 100", "no multiple of the patch size"),
+    ("--arch huge", "--arch huge: choose one of tiny"),
+    ("--drop 1.5", "--drop 1.5 is not between 0 and 1"),
+    ("--nonsense", "unrecognized arguments"),
+    ("--steps many", "invalid int value"),
+    ("--data dinov2=/nowhere", "/nowhere"),
+    ("--data mast3r=/tmp --teachers dinov2", "mast3r"),
+    ("--weights dinov2=/nowhere.pth", "no such file: /nowhere.pth"),
+    ("--weights /file.pth", "write TEACHER=FILE"),
+    ("--preset stage2", "--init"),
+    ("--preset tiny --teachers dino", "no specialist for dino"),
+    ("--init /nowhere.pt --preset tiny --random-teachers --steps 1", "no such file: /nowhere.pt"),
+    ("--out /proc/nowhere", "cannot write in --out"),
+    ("--accumulate 1000", "--accumulate 1000"),
+    ("--plot /nowhere", "log.jsonl"),
+])
+def test_mistakes_are_one_line(args, message, tmp_path):
+    arguments = args.split()
+    if "--out" not in arguments and "--plot" not in arguments:
+        arguments += ["--out", str(tmp_path)]
+    with pytest.raises(dune.Oops, match=message.replace(".", r"\.")) as error:
+        train.main([*arguments, "--device", "cpu"])
+    assert "\n" not in str(error.value)
+    assert not [name for name in os.listdir(tmp_path) if name != "log.jsonl"]
+
+
+def test_a_mistake_ends_a_script_with_code_2_and_no_traceback():
+    done = subprocess.run([sys.executable, "train.py", "--teachers", "x"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: unknown") and done.stderr.count("\n") == 1
+
+
+def test_a_run_with_other_settings_is_not_continued(weights, tmp_path):
+    train.main([*SMALL, *weights, "--steps", "1", "--out", str(tmp_path)])
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(dune.Oops, match="holds a run with --projector tp, not sp"):
+        train.main([*SMALL, *weights, "--steps", "1", "--out", str(tmp_path), "--projector", "sp"])
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_stage_two_starts_from_stage_one_at_another_size(weights, tmp_path):
+    train.main([*SMALL, *weights, "--steps", "2", "--out", str(tmp_path / "1")])
+    train.main([*SMALL, *weights, "--steps", "2", "--out", str(tmp_path / "2"), "--image-size", "84", "--init", str(tmp_path / "1" / "checkpoint.pt"), "--lr", "1e-9"])
+    one, two = (dune.load(tmp_path / n / "checkpoint.pt") for n in "12")
+    assert two.encoder.grid == 6 and one.encoder.grid == 4
+    image = torch.randn(1, 3, 84, 84)
+    torch.testing.assert_close(one.encoder(image)["patch"], two.encoder(image)["patch"], rtol=1e-3, atol=1e-3)
+
+
+def test_unics_preset_and_mixed_teachers(weights, tmp_path):
+    """UNIC's four teachers and ladder, and any teacher beside any other, whatever their patch sizes."""
+    args, golden = [], os.path.join(ROOT, "tests", "golden")
+    for name in ("dino", "deit3", "dbotft", "ibot"):
+        content = dune.read_checkpoint(os.path.join(golden, f"unic_{'dino' if name == 'ibot' else name}.pt"))["checkpoint"]
+        torch.save({"state_dict": content} if name == "ibot" else content, tmp_path / f"{name}.pth")
+        args += ["--weights", f"{name}={tmp_path / name}.pth"]
+    small = "--arch tiny --image-size 64 --batch 8 --workers 0 --device cpu --steps 3 --log-every 1 --lr 1e-2".split()
+    train.main(["--preset", "unic", *small, *args, "--out", str(tmp_path / "unic")])
+    model = dune.load(tmp_path / "unic" / "checkpoint.pt")
+    assert list(model.projectors) == ["dino", "deit3", "ibot", "dbotft"] and model.teacher_norms["dino"].style == "unic"
+    assert isinstance(model.projectors["dino"], dune.LadderProjector) and model.encoder.register_tokens is None
+    mixed = [*weights[:4], "--weights", f"deit3={tmp_path}/deit3.pth", "--teachers", "dinov2,deit3,mast3r", "--image-size", "56"]
+    train.main([*SMALL, *mixed, "--steps", "2", "--out", str(tmp_path / "mixed")])
+    assert all(torch.isfinite(torch.tensor(log_of(tmp_path / "mixed")[-1][t]["loss"])) for t in ("dinov2", "deit3", "mast3r"))
+
+
+def test_the_readmes_eighth_teacher(golden, tmp_path, monkeypatch):
+    """The README's "add a teacher", as it stands there, on a file of that layout."""
+    import teachers
+    with open(os.path.join(ROOT, "README.md")) as file:
+        section = file.read().split("## Add a teacher")[1].split("```python\n")[1].split("```")[0]
+    monkeypatch.setattr(teachers, "TEACHERS", dict(teachers.TEACHERS))
+    exec(section.replace("from teachers import TEACHERS, Teacher", "from teachers import Teacher\nimport teachers\nTEACHERS = teachers.TEACHERS"))
+    state = {f"trunk.{k}": v for k, v in golden("unic_dino")["checkpoint"].items()}
+    torch.save({"weights": {**state, "head.weight": torch.zeros(2)}}, tmp_path / "mine.pth")
+    train.main([*SMALL, "--teachers", "mine", "--weights", f"mine={tmp_path}/mine.pth", "--steps", "2", "--out", str(tmp_path / "run")])
+    assert list(dune.load(tmp_path / "run" / "checkpoint.pt").projectors) == ["mine"]
