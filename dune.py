@@ -213,7 +213,7 @@ class ViT(nn.Module):
 
 
 SIZES = {  # the field's ViT sizes; tiny is this project's own, for the laptop
-    "tiny": dict(embed_dim=128, depth=4, num_heads=2),
+    "tiny": dict(embed_dim=128, depth=3, num_heads=2),
     "small": dict(embed_dim=384, depth=12, num_heads=6),
     "base": dict(embed_dim=768, depth=12, num_heads=12),
     "large": dict(embed_dim=1024, depth=24, num_heads=16),

@@ -35,6 +35,7 @@ class Teacher:
     ignore: str = r"$^"          # keys (regular expression) that belong to the published file and not to the encoder
     position: str = ""           # see ViT; "" = as DINOv2: "antialias" with registers, "offset" without
     pooled: bool = False         # see ViT
+    distil_cls: bool = True      # whether its class token, if it has one, is worth learning: Multi-HMR never trained its own
     mean: tuple = IMAGENET_MEAN  # the normalisation that this teacher's images want
     std: tuple = IMAGENET_STD
     shape: dict = field(default_factory=dict)    # the published size, for random weights; a file's own size is read off its tensors
@@ -53,7 +54,8 @@ TEACHERS = {
                       mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
                       shape=dict(VIT_L, patch_size=16, registers=0, class_token=False, layer_scale=None, position="rope")),
     "multihmr": Teacher(NAVER + "MultiHMR/multiHMR_672_L.pt", "CC BY-NC-SA 4.0", inside="model_state_dict",
-                        prefix=r"backbone\.encoder\.", rename={r"^backbone\.encoder\.": ""}, shape=dict(registers=0, **VIT_L)),
+                        prefix=r"backbone\.encoder\.", rename={r"^backbone\.encoder\.": ""}, distil_cls=False,
+                        shape=dict(registers=0, **VIT_L)),
     # smaller DINOv2s, without registers
     "dinov2_vits14": Teacher(DINOV2.format("dinov2_vits14", ""), "Apache-2.0", shape=dict(VIT_L, registers=0, **SIZES["small"])),
     "dinov2_vitb14": Teacher(DINOV2.format("dinov2_vitb14", ""), "Apache-2.0", shape=dict(VIT_L, registers=0, **SIZES["base"])),
@@ -74,8 +76,8 @@ class FrozenTeacher(nn.Module):
     def __init__(self, name, vit):
         super().__init__()
         self.name, self.vit, self.dim, self.patch_size = name, vit, vit.embed_dim, vit.patch_size
-        self.has_cls = vit.pooled or vit.cls_token is not None
         row = TEACHERS[name]
+        self.has_cls = row.distil_cls and (vit.pooled or vit.cls_token is not None)  # whether a student learns a class token from it
         # ImageNet's normalisation into the teacher's own, as one multiplication and one addition
         for key, value in (("gain", [s / t for s, t in zip(IMAGENET_STD, row.std)]),
                            ("offset", [(m - n) / t for m, n, t in zip(IMAGENET_MEAN, row.mean, row.std)])):
@@ -173,19 +175,22 @@ class Probe(nn.Module):
             depth = F.adaptive_avg_pool2d(scenes["depth"].log()[:, None], self.grid).flatten(2).transpose(1, 2)
             normals = F.adaptive_avg_pool2d(scenes["normals"].permute(0, 3, 1, 2), self.grid).flatten(2).transpose(1, 2)
             return {"depth": depth, "normals": F.normalize(normals, dim=-1)}
-        place, size = scenes["joints2d"], torch.tensor([cols, rows])
-        inside = scenes["visible"][..., None] & ((place >= 0) & (place < 1)).all(-1)  # [n, figures, joints]
-        image, figure, joint = inside.nonzero(as_tuple=True)
-        place = place[image, figure, joint]
-        cell = (place * size).long()
-        patch = cell[:, 1] * cols + cell[:, 0]
-        around = (torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")[::-1], -1).flatten(0, 1) + 0.5) / size
-        here = torch.zeros(len(inside), rows * cols, len(JOINTS))  # a soft spot around each joint: 1 at it, 0.6 a patch away
+        joints, size = scenes["joints2d"], torch.tensor([cols, rows])
+        inside = scenes["visible"][..., None] & ((joints >= 0) & (joints < 1)).all(-1)  # [n, figures, joints]
+        metres = scenes["joints3d"] - scenes["joints3d"][:, :, 2:3]
+        centres = (torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")[::-1], -1).flatten(0, 1) + 0.5) / size
+        # For every patch and kind of joint the nearest one: a soft spot around it (1 at it, 0.6 a patch away), its place in 2D and 3D
+        near, place, xyz = (torch.zeros(len(inside), rows * cols, len(JOINTS), n) for n in (1, 2, 3))
         for figure in range(inside.shape[1]):
-            gap = (scenes["joints2d"][:, figure][:, None] - around[:, None]) * size
-            here = torch.maximum(here, torch.exp(-gap.square().sum(-1) / 2) * inside[:, figure][:, None])
-        return {"here": here, "image": image, "patch": patch, "joint": joint, "place": place, "centres": around,
-                "xyz": (scenes["joints3d"] - scenes["joints3d"][:, :, 2:3])[image, figure, joint]}
+            gap = (joints[:, figure, None] - centres[:, None]) * size
+            spot = (torch.exp(-gap.square().sum(-1) / 2) * inside[:, figure, None])[..., None]
+            place = torch.where(spot > near, joints[:, figure, None], place)
+            xyz = torch.where(spot > near, metres[:, figure, None], xyz)
+            near = torch.maximum(near, spot)
+        image, figure, joint = inside.nonzero(as_tuple=True)
+        cell = (joints[image, figure, joint] * size).long()
+        return {"near": near[..., 0], "place": place, "xyz": xyz, "centres": centres, "truth": joints[image, figure, joint],
+                "metres": metres[image, figure, joint], "at": torch.stack([image, cell[:, 1] * cols + cell[:, 0], joint])}
 
     def forward(self, features, targets):
         """The predictions that belong to the targets."""
@@ -195,17 +200,18 @@ class Probe(nn.Module):
         if self.domain == "rooms":
             depth, normals = self.head(patch).split([1, 3], -1)
             return {"depth": depth, "normals": F.normalize(normals, dim=-1)}
-        here, offset, xyz = self.head(patch).unflatten(-1, (len(JOINTS), 6)).split([1, 2, 3], -1)
-        return {"here": here[..., 0], "place": offset + targets["centres"][:, None], "xyz": xyz}
+        near, offset, xyz = self.head(patch).unflatten(-1, (len(JOINTS), 6)).split([1, 2, 3], -1)
+        return {"near": near[..., 0], "place": offset + targets["centres"][:, None], "xyz": xyz}
 
     def loss(self, out, targets):
         if self.domain == "objects":
             return F.cross_entropy(out["kind"], targets["kind"]) + F.cross_entropy(out["patch"].transpose(1, 2), targets["patch"])
         if self.domain == "rooms":
             return (out["depth"] - targets["depth"]).abs().mean() * 2 + 1 - (out["normals"] * targets["normals"]).sum(-1).mean()
-        at = targets["image"], targets["patch"], targets["joint"]
-        return (F.binary_cross_entropy_with_logits(out["here"], targets["here"], pos_weight=torch.tensor(3.0)) * 10
-                + 10 * (out["place"][at] - targets["place"]).abs().mean() + 3 * (out["xyz"][at] - targets["xyz"]).abs().mean())
+        weight = targets["near"] * (targets["near"] > 0.3)
+        apart = {k: ((out[k] - targets[k]).abs().mean(-1) * weight).sum() / weight.sum() for k in ("place", "xyz")}
+        spots = F.binary_cross_entropy_with_logits(out["near"], targets["near"], pos_weight=torch.tensor(3.0))
+        return 10 * spots + 10 * apart["place"] + 3 * apart["xyz"]
 
     def metrics(self, out, targets):
         """{name: value}: accuracy and mIoU in %; depth RMSE in m, delta1 in %, normals in degrees; joints within 5 % of the side in %, cm."""
@@ -220,11 +226,12 @@ class Probe(nn.Module):
                     "delta1": 100 * (ratio < 0.2231).float().mean().item(),  # log 1.25
                     "normals": torch.rad2deg(angle).mean().item()}
         # A joint is found if one of the three best guesses for its kind in the image lies within 5 % of the side.
-        best = out["here"].topk(3, dim=1).indices  # [n, 3, joints]
-        guess = out["place"].gather(1, best[..., None].expand(-1, -1, -1, 2))
-        at = targets["image"], targets["patch"], targets["joint"]
-        near = (guess[targets["image"], :, targets["joint"]] - targets["place"][:, None]).norm(dim=-1).amin(1) < 0.05
-        return {"joints 2D": 100 * near.float().mean().item(), "joints 3D": 100 * (out["xyz"][at] - targets["xyz"]).norm(dim=-1).mean().item()}
+        image, patch, joint = targets["at"]
+        best = out["near"].topk(3, dim=1).indices  # [n, 3, joints]
+        guess = out["place"].gather(1, best[..., None].expand(-1, -1, -1, 2))[image, :, joint]
+        found = (guess - targets["truth"][:, None]).norm(dim=-1).amin(1) < 0.05
+        apart = (out["xyz"][image, patch, joint] - targets["metres"]).norm(dim=-1)
+        return {"joints 2D": 100 * found.float().mean().item(), "joints 3D": 100 * apart.mean().item()}
 
 
 # ---------------------------------------------------------------------------------------------------- the tiny specialists
@@ -232,13 +239,13 @@ class Probe(nn.Module):
 # or 14), each trained on its own domain only, from labels. Written in the published layouts: everything after this is the same code.
 
 TINY = dict(image_size=112, embed_dim=192, depth=3, num_heads=3, layer_scale=None)
-SPECIALISTS = {  # teacher: (domain, shape, learning rate)
-    "dinov2": ("objects", dict(TINY, patch_size=14, registers=4, position="antialias"), 1e-3),
-    "mast3r": ("rooms", dict(TINY, patch_size=16, registers=0, class_token=False, position="rope"), 1e-3),
-    "multihmr": ("people", dict(TINY, patch_size=14, registers=0), 2e-3),
+SPECIALISTS = {  # teacher: (domain, shape, learning rate, passes over its scenes)
+    "dinov2": ("objects", dict(TINY, patch_size=14, registers=4, position="antialias"), 1e-3, 3),
+    "mast3r": ("rooms", dict(TINY, patch_size=16, registers=0, class_token=False, position="rope"), 1e-3, 2),
+    "multihmr": ("people", dict(TINY, patch_size=14, registers=0), 2e-3, 4),
 }
 TINY_GRID = (8, 8)
-TINY_SCENES, TINY_EPOCHS = 6000, 3
+TINY_SCENES = 6000
 
 
 def published_layout(name, state):
@@ -252,7 +259,7 @@ def published_layout(name, state):
 
 def specialist_path(name):
     """Where the tiny specialist of a teacher lies once it is made: its name tells the recipe, so that a changed one is made anew."""
-    key = hashlib.sha1(repr((SPECIALISTS[name], TINY_SCENES, TINY_EPOCHS)).encode()).hexdigest()[:8]
+    key = hashlib.sha1(repr((SPECIALISTS[name], TINY_SCENES)).encode()).hexdigest()[:8]
     return os.path.join(data.cache_folder(), f"tiny-{name}-{key}.pth")
 
 
@@ -264,12 +271,12 @@ def prepare_specialists(names):
             make_specialist(name, scenes, specialist_path(name))
 
 
-def make_specialist(name, scenes, path, epochs=TINY_EPOCHS, batch=16, seed=0):
+def make_specialist(name, scenes, path, batch=16, seed=0):
     """Train a tiny specialist on its own domain and write it to `path` in the published layout.
 
     scenes: {label: tensor [n, ...]} of its domain with "image" uint8 [n, 3, S, S] and the labels that Probe reads.
     """
-    domain, shape, lr = SPECIALISTS[name]
+    domain, shape, lr, epochs = SPECIALISTS[name]
     torch.manual_seed(seed)
     vit = ViT(**shape)
     teacher = FrozenTeacher(name, vit).train().requires_grad_(True)
@@ -302,7 +309,6 @@ def make_specialist(name, scenes, path, epochs=TINY_EPOCHS, batch=16, seed=0):
 TWO_VIEW = {"dune": "https://download.europe.naverlabs.com/dune/dunemast3r_cvpr25_vitbase.pth",
             "dune_small": "https://download.europe.naverlabs.com/dune/dunemast3r_cvpr25_vitsmall.pth",
             "mast3r": TEACHERS["mast3r"].url}
-TINY_DECODER = dict(dim=128, depth=3, maps=(24, 32, 48, 64), features=32, last=16, hidden=192)
 
 
 class CrossAttention(nn.Module):
@@ -476,7 +482,7 @@ def parse_call(text):
 def load_two_view(weights=None, device="cpu", encoder=None):
     """TwoView in eval mode, every size read off the tensors.
 
-    weights  a published MASt3R or DUNE-MASt3R file, one that eval.py two-view has trained, a name of TWO_VIEW (downloaded), None: "dune"
+    weights  a published MASt3R or DUNE-MASt3R file, one of this class's own, a name of TWO_VIEW (downloaded), None: "dune"
     encoder  the DUNE encoder's file, for a DUNE-MASt3R file that does not hold it; None: the published one that the file names
     Raises Oops for a file that is missing, unreadable or of another architecture (naming the tensor or the option).
     """

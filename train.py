@@ -71,7 +71,7 @@ PRESETS = {
     "small": dict(arch="small"),
     "unic": dict(teachers="dino,deit3,ibot,dbotft", patch_size=16, image_size=224, registers=0, layer_scale=0.0, drop_path=0.1,
                  projector="lp", norm="unic", epochs=200.0, warmup=0.05, crop=0.08),
-    "tiny": dict(arch="tiny", image_size=112, batch=64, steps=250, lr=6e-3, warmup=0.1, layer_scale=0.0, crop=0.6),
+    "tiny": dict(arch="tiny", image_size=112, batch=32, steps=500, lr=12e-3, warmup=0.1, layer_scale=0.0, crop=0.6),
 }
 WARM = 5  # steps before --bench measures
 # What may change between the parts of one run without changing its result is not in the recipe.
@@ -319,22 +319,29 @@ def build_student(args, teachers, state):
 
 
 class Meter:
-    """Sums of per-image values on the device; read (and reduced over processes) only at a log step."""
+    """Sums of per-image values since the last log step. What lies on the device stays there; only read() waits for it."""
 
     def __init__(self, processes):
-        self.processes, self.sums = processes, None
+        self.processes, self.device, self.host = processes, None, {}
 
     def add(self, values):
-        """values {name: (sum, count)}, the same names at every step."""
-        new = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=self.processes.device) for pair in values.values() for x in pair])
-        self.names, self.sums = list(values), new if self.sums is None else self.sums + new
+        """values {name: [sum, count]}, each a tensor or a number, the same names and kinds at every step."""
+        flat = {(name, i): x for name, pair in values.items() for i, x in enumerate(pair)}
+        self.tensors = [key for key, x in flat.items() if torch.is_tensor(x)]
+        new = torch.stack([flat[key].float() for key in self.tensors])
+        self.device = new if self.device is None else self.device + new
+        for key, x in flat.items():  # a number that went to the device would make it wait
+            if not torch.is_tensor(x):
+                self.host[key] = self.host.get(key, 0) + x
 
     def read(self):
-        """{name: (sum, count)} since the last reading: the one place of the loop that waits for the device."""
-        sums, self.sums = self.sums, None
+        """{name: (sum, count)} over all processes since the last reading."""
+        sums = torch.cat([self.device, torch.tensor(list(self.host.values()), dtype=torch.float32, device=self.device.device)])
         if self.processes.world > 1:
             dist.all_reduce(sums)
-        return dict(zip(self.names, sums.view(-1, 2).tolist()))
+        found = dict(zip([*self.tensors, *self.host], sums.tolist()))
+        self.device, self.host = None, {}
+        return {name: (found[name, 0], found[name, 1]) for name, i in found if i == 0}
 
 
 class Clock:
@@ -458,6 +465,7 @@ def part_of(rows, features, part, device):
 
 
 def add(values, name, total, count):
+    """values[name] += (total, count), where values {name: (sum, count)} is what Meter.add takes."""
     old = values.get(name, (0, 0))
     values[name] = (old[0] + total, old[1] + count)
 
@@ -586,7 +594,7 @@ def main(argv=None):
     say(f"{len(args.teachers)} teachers, student {sum(p.numel() for p in model.encoder.parameters()) / 1e6:.1f} M parameters, "
         f"{args.steps} steps of {args.batch} images at {args.image_size} px, {processes.world} process(es) on {device.type}, {args.dtype}")
 
-    flops = count_flops(model, teachers, args) if args.bench else None
+    flops = count_flops(model, teachers, args) if args.bench else None  # before they are compiled
 
     # ---- the student, its optimiser, and what the processes share
     if args.compile == "yes" or (args.compile == "auto" and device.type == "cuda"):
@@ -618,7 +626,6 @@ def main(argv=None):
     bar = tqdm(initial=start * args.batch, total=args.steps * args.batch, unit=" images", unit_scale=True, disable=not rank0, dynamic_ncols=True)
 
     probe = Probe(device)
-
     dune.quiet = False  # from here on an error may be this process's alone
 
     # ---- the loop
@@ -714,10 +721,10 @@ def main(argv=None):
             break
     bar.close()
     batches.close()
-    if args.bench:
-        return bench_report(args, processes, clock, flops, probe, say)
     processes.barrier()
-    if done < args.steps:
+    if args.bench:
+        bench_report(args, processes, clock, flops, probe, say)
+    elif done < args.steps:
         say(f"stopped at step {done} of {args.steps}; the same command continues")
     elif rank0:
         finish(args, model, teachers, held_out, before, grid, log)
