@@ -464,7 +464,7 @@ def read_checkpoint(path):
     except IsADirectoryError:
         raise Oops(f"{path} is a folder, not a checkpoint file") from None
     except Exception as error:  # torch.load's errors for foreign files are of many types, and long
-        found = re.search(r"(?i)unsupported (?:global|class|operand):? (?:global )?([\w.]+)", str(error))
+        found = re.search(r"(?i)unsupported (?:global|class):? (?:global )?([a-z_][\w.]*)", str(error))
         why = f"it wants to run {found[1]}, which is not allowed" if found else "it is damaged, or not one"
         raise Oops(f"cannot read {path} as a checkpoint: {why}") from None
 
