@@ -21,6 +21,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from datetime import timedelta
 
@@ -93,7 +94,7 @@ def parse(argv=None):
     parser.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
     parser.add_argument("--keep", type=int, default=1, help="how many of the latest checkpoints to keep")
     parser.add_argument("--milestone-epochs", type=int, default=0, help="keep a checkpoint for good every so many epochs; 0 = never")
-    parser.add_argument("--workers", type=int, default=-1, help="data processes for each training process; -1 = cores / processes, at most 16")
+    parser.add_argument("--workers", type=int, default=-1, help="data processes for each training process; -1 = cores / processes (less two on the CPU), at most 16")
     parser.add_argument("--accumulate", type=int, default=1, help="split each process's batch into so many parts to save memory")
     parser.add_argument("--recompute", action="store_true", help="recompute the student's blocks in the backward pass to save memory")
     parser.add_argument("--compile", choices=("auto", "yes", "no"), default="auto", help="torch.compile for teachers and student; auto = on GPUs")
@@ -154,6 +155,8 @@ class Processes:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         else:
             torch.set_num_threads(max(1, int(self.cores)))
+        # torch 2.13 has new names for what 2.11 knows by these alone
+        warnings.filterwarnings("ignore", r".*(broadcast_buffers|all_gather_into_tensor).*", FutureWarning)
         if "RANK" in os.environ:
             dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1))
             self.hosts = dist.new_group(backend="gloo") if self.world > 1 else None
@@ -617,8 +620,10 @@ def main(argv=None):
     first = processes.rank * share                          # this process's slice of the global batch
     peak_lr = args.lr * args.batch / 256
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
+    # On the CPU the networks need every core: with two or three, drawing images in between is the fastest.
+    workers = args.workers if args.workers >= 0 else min(16, int(processes.cores) - (0 if device.type == "cuda" else min(2, int(processes.cores))))
     batches = data.batches(groups, args.image_size, args.batch, args.seed, processes.rank, processes.world, start, scale=(args.crop, 1.0),
-                           workers=args.workers if args.workers >= 0 else min(16, int(processes.cores)))
+                           workers=workers)
     log = Log(args.out, start, enabled=rank0 and not args.bench)
     before = state["held_out"] if state else {} if args.bench else evaluation.held_out_losses(model, teachers, held_out["image"], grid)
     meter, clock, streak, unsaved, done = Meter(processes), Clock(device), torch.zeros((), device=device), False, start
