@@ -8,22 +8,17 @@ Triton kernels on CUDA and ROCm (`moments.py`, `distill.py`; also on the CPU wit
 everywhere else and for float64. Needs torch, and triton where there is one; copy the folder and it works.
 """
 
+import importlib.util
+import os
+
 import torch
 
 from . import reference
 from .reference import merge_moments
 
-try:
-    from . import distill, moments
-    from triton import knobs
-    _interpreted = knobs.runtime.interpret
-except ImportError:   # no Triton for this system
-    distill = moments = None
-
-if distill and not _interpreted:   # the operators themselves, torch.ops.dune.*, also take CPU tensors
-    moments.channel_moments.register_kernel("cpu")(reference.channel_moments)
-    distill.distill_loss.register_kernel("cpu")(reference.forward)
-    distill.distill_loss_backward.register_kernel("cpu")(reference.backward)
+# Triton is imported where features first lie on a GPU: it weighs 74 MB, and data workers never need it.
+_installed = importlib.util.find_spec("triton") is not None
+_interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 __all__ = ["channel_moments", "distill_loss", "merge_moments", "reference"]
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -39,7 +34,10 @@ def channel_moments(x):
     """
     _check_features("x", x)
     x = x.detach()
-    return moments.channel_moments(*reference.fold(x)) if _on_triton(x) else reference.channel_moments(x)
+    if not _on_triton(x):
+        return reference.channel_moments(x)
+    from . import moments
+    return moments.channel_moments(*reference.fold(x))
 
 
 def distill_loss(student, teacher, mean, std, beta=1.0, eps=1e-3):
@@ -69,12 +67,13 @@ def distill_loss(student, teacher, mean, std, beta=1.0, eps=1e-3):
     teacher, mean, std = teacher.detach(), mean.detach(), std.detach()
     if not _on_triton(student, teacher, mean, std):
         return reference.distill_loss(student, teacher, mean, std, beta, eps)
+    from . import distill
     cos, smooth = distill.distill_loss(*reference.fold(student, teacher), mean, std, float(beta), float(eps))
     return cos.view(student.shape[:-1]), smooth.view(student.shape[:-1])
 
 
 def _on_triton(*xs):
-    return distill is not None and (xs[0].is_cuda or _interpreted) and all(x.dtype != torch.float64 for x in xs)
+    return _installed and (xs[0].is_cuda or _interpreted) and all(x.dtype != torch.float64 for x in xs)
 
 
 def _check_features(name, x):

@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from . import reference
+
 WARPS = 4
 UNROLL = 8       # row slabs that a thread has in flight at once: 8 loads of 16 bytes
 PROGRAMS = 640   # of stage 1: 5 for each multiprocessor of an H100; its partial results are then 0.9 % of [128, 576, 1024] in bf16
@@ -109,3 +111,7 @@ def channel_moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @channel_moments.register_fake
 def _(x):
     return x.new_empty(x.shape[-1], dtype=torch.float32), x.new_empty(x.shape[-1], dtype=torch.float32)
+
+
+if "cpu" not in DEVICES:   # the operator itself, torch.ops.dune.channel_moments, also takes CPU tensors
+    channel_moments.register_kernel("cpu")(reference.channel_moments)

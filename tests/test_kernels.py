@@ -48,7 +48,8 @@ def cut_small(monkeypatch):
     """Makes a few dozen rows fill a block of the PyTorch path, and a few programs walk over many tiles."""
     monkeypatch.setattr(reference, "BLOCK", 1000)
     if INTERPRETED:
-        monkeypatch.setattr(kernels.moments, "PROGRAMS", 3)
+        from kernels import moments
+        monkeypatch.setattr(moments, "PROGRAMS", 3)
 
 
 def loss_and_gradient(function, student, teacher, mean, std, upstream, **options):
@@ -193,6 +194,7 @@ def test_moments_of_what_has_none(x, message):
 
 def test_operators_register_well_and_do_not_break_the_graph():
     pytest.importorskip("triton", reason="without Triton there are no operators")
+    from kernels import distill, moments  # noqa: F401: they register
     g = torch.Generator().manual_seed(4)
     student, teacher = features((2, 3, 16), torch.bfloat16, g).requires_grad_(), features((2, 3, 16), torch.bfloat16, g, "tail")
     mean, std, upstream = torch.zeros(16), torch.ones(16), torch.rand(2, 2, 3, generator=g)
