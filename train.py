@@ -133,6 +133,26 @@ def parameter_groups(model, weight_decay):
 
 # ----------------------------------------------------------------------------------------------------------------- processes
 
+def fresh_store(rank):
+    """torchrun's store, under a prefix that only the processes of this start use.
+
+    The store outlives a restart, and holds what dead processes left: addresses where nobody answers. So each process signs in under a
+    new name, the first one publishes the list of names until everybody has found itself in it, and its own name is the prefix.
+    """
+    store, _, world = next(dist.rendezvous("env://"))
+    name = os.urandom(8).hex()
+    store.set(f"name/{rank}", name)
+    while True:
+        if rank == 0:
+            store.set("team", " ".join(store.get(f"name/{r}").decode() for r in range(world)))
+        team = store.get("team").decode().split()
+        if name in team:
+            store.set(f"here/{name}", "yes")
+            if rank or store.check([f"here/{other}" for other in team]):
+                return dist.PrefixStore(team[0], store)
+        time.sleep(0.05)
+
+
 class Processes:
     """This process's place among those that torchrun started (or alone), its device, and what they say to each other."""
 
@@ -158,7 +178,8 @@ class Processes:
         # torch 2.13 has new names for what 2.11 knows by these alone
         warnings.filterwarnings("ignore", r".*(broadcast_buffers|all_gather_into_tensor).*", FutureWarning)
         if "RANK" in os.environ:
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1))
+            dist.init_process_group("nccl" if cuda else "gloo", store=fresh_store(self.rank), rank=self.rank, world_size=self.world,
+                                    timeout=timedelta(hours=1))
             self.hosts = dist.new_group(backend="gloo") if self.world > 1 else None
         for name in ("SIGTERM", "SIGUSR1"):
             if hasattr(signal, name):
@@ -423,7 +444,7 @@ class Log:
                 (record.setdefault(teacher, {}) if teacher else record)[part] = total / count if count else None
         for parts in record.values():
             if isinstance(parts, dict):
-                kinds = {k.split("_")[0] for k in parts} & {"cls", "patch"}
+                kinds = [k for k in ("cls", "patch") if f"{k}_cos" in parts]
                 known = [parts[f"{k}_{p}"] for k in kinds for p in ("cos", "sl1")]
                 parts["loss"] = float("nan") if None in known else sum(known) / len(known)
         if self.enabled:

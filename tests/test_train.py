@@ -1,5 +1,6 @@
 """The loop: it learns, it resumes to the last bit, several processes are one, nothing in a step waits, and mistakes are told in a line."""
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -37,9 +38,20 @@ def losses(folder):
     return [[line["loss"]] + [line[t]["loss"] for t in ("dinov2", "mast3r", "multihmr")] for line in log_of(folder)]
 
 
-def torchrun(processes, *args, **options):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    return subprocess.Popen([*command, "train.py", *map(str, args)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+def torchrun(processes, *args, restarts=0, script="train.py"):
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--max-restarts={restarts}", "--rdzv_backend=c10d",
+               "--rdzv_endpoint=localhost:0", script, *map(str, args)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def workers_of(run):
+    return [int(pid) for pid in subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()]
+
+
+def wait_for(run, ready):
+    while not ready():
+        assert run.poll() is None, run.communicate()[0][-3000:]
+        time.sleep(0.05)
 
 
 def test_a_run_learns_and_leaves_what_it_says(weights, tmp_path, capsys):
@@ -91,16 +103,74 @@ def test_several_processes_and_parts_are_one(options, weights, tmp_path):
         torch.testing.assert_close(torch.tensor(losses(tmp_path / str(n))), torch.tensor(losses(tmp_path / "1")), rtol=1e-4, atol=0)
 
 
+def test_gradients_sent_in_bf16_leave_the_losses_alone(weights, tmp_path):
+    for n, options in enumerate(([], ["--compress"])):
+        run = torchrun(2, *SMALL, *weights, *options, "--steps", "30", "--out", tmp_path / str(n))
+        assert not run.wait(120), run.communicate()[0][-3000:]
+    plain, compressed = (torch.tensor(losses(tmp_path / n)) for n in "01")
+    assert not torch.equal(plain, compressed)
+    torch.testing.assert_close(compressed, plain, rtol=1e-2, atol=0)
+
+
 def test_sigterm_ends_all_processes_with_a_checkpoint_and_exit_code_0(weights, tmp_path):
     run = torchrun(2, *SMALL, *weights, "--steps", "100000", "--out", tmp_path)
-    while not (tmp_path / "log.jsonl").exists() or not (tmp_path / "log.jsonl").read_text():
-        assert run.poll() is None, run.communicate()[0][-3000:]
-        time.sleep(0.2)
-    children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[0]), signal.SIGUSR1)  # one is told, both stop
+    wait_for(run, lambda: (tmp_path / "log.jsonl").exists() and (tmp_path / "log.jsonl").read_text())
+    os.kill(workers_of(run)[0], signal.SIGUSR1)  # one is told, both stop
     text, _ = run.communicate(timeout=60)
     assert run.returncode == 0 and "the same command continues" in text, text[-3000:]
     assert dune.read_checkpoint(tmp_path / "checkpoint.pt")["step"] == log_of(tmp_path)[-1]["step"]
+
+
+def test_killed_workers_are_started_again_and_the_run_is_the_undisturbed_one(weights, tmp_path):
+    common = [*SMALL, *weights, "--steps", "24", "--save-every", "5"]
+    whole = torchrun(2, *common, "--out", tmp_path / "whole")
+    assert not whole.wait(120), whole.communicate()[0][-3000:]
+    run = torchrun(2, *common, "--out", tmp_path / "killed", restarts=3)
+    log = tmp_path / "killed" / "log.jsonl"
+    wait_for(run, lambda: log.exists() and log.read_text().count("\n") >= 8)
+    first = workers_of(run)
+    os.kill(first[1], signal.SIGKILL)                                            # in the middle of a step
+    wait_for(run, lambda: len(set(workers_of(run)) - set(first)) == 2)
+    second = set(workers_of(run)) - set(first)
+    os.kill(max(second), signal.SIGKILL)                                         # before it has begun
+    wait_for(run, lambda: len(set(workers_of(run)) - set(first) - second) == 2)
+    time.sleep(3)
+    os.kill(min(set(workers_of(run)) - set(first) - second), signal.SIGKILL)     # while they meet, or a little later
+    text, _ = run.communicate(timeout=120)
+    assert run.returncode == 0, text[-3000:]
+    assert [line["step"] for line in log_of(tmp_path / "killed")] == list(range(1, 25))
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+COUNT = """
+import sys
+import torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+import train
+sent, inner = 0, {name: getattr(dist, name) for name in ("all_reduce", "all_gather_into_tensor", "broadcast", "all_gather", "reduce_scatter_tensor")}
+def counting(name):
+    def collective(*args, **options):
+        global sent
+        sent += args[-1 if name == "all_gather_into_tensor" else 0].numel()
+        return inner[name](*args, **options)
+    return collective
+for name in inner:
+    setattr(dist, name, counting(name))
+train.main(sys.argv[3:])
+if train.os.environ["RANK"] == "0":
+    open(sys.argv[2], "w").write(str(sent))
+"""
+
+
+def test_a_step_sends_the_statistics_and_two_numbers_besides_the_gradients(weights, tmp_path):
+    (tmp_path / "count.py").write_text(COUNT)
+    for steps in (2, 6):
+        run = torchrun(2, ROOT, tmp_path / f"sent-{steps}", *SMALL, *weights, "--log-every", 100, "--steps", steps, "--out", tmp_path / str(steps), script=tmp_path / "count.py")
+        assert not run.wait(120), run.communicate()[0][-3000:]
+    model = dune.load(tmp_path / "6" / "checkpoint.pt")
+    statistics = sum(2 * len(stats.mean) + 1 for norm in model.teacher_norms.values() for stats in norm.normalizers.values())
+    sent = [int((tmp_path / f"sent-{steps}").read_text()) for steps in (2, 6)]
+    assert (sent[1] - sent[0]) / 4 == statistics + 2  # how many losses count, and whether somebody was told to stop
 
 
 def test_no_step_waits_for_the_device_but_the_log_step(weights, tmp_path):
@@ -142,28 +212,27 @@ def test_a_full_disk_is_told_and_the_older_checkpoint_stays(tmp_path, monkeypatc
     assert dune.read_checkpoint(path) == {"step": 1} and os.listdir(tmp_path) == ["checkpoint.pt"]
 
 
-KILL = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-import train
-for step in range(1, 10**6):
-    train.save(sys.argv[2], {"step": step, "model": torch.full((50_000,), step)}, keep=2)
-    print(step, flush=True)
-"""
+def save_for_ever(path, written):
+    for step in range(1, 10**6):
+        train.save(path, {"step": step, "model": torch.full((30_000,), step)}, keep=2)
+        written.value = step
 
 
 def test_killed_while_saving_there_is_always_one_that_loads(tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    for attempt in range(12):
-        run = subprocess.Popen([sys.executable, "-c", KILL, ROOT, str(path)], stdout=subprocess.PIPE, text=True)
-        step = int(run.stdout.readline())
-        time.sleep(0.003 * attempt)
-        run.kill()
-        run.wait()
+    path, fork = tmp_path / "checkpoint.pt", multiprocessing.get_context("fork")
+    for attempt in range(50):
+        written = fork.Value("q", 0)
+        process = fork.Process(target=save_for_ever, args=(str(path), written))
+        process.start()
+        while not written.value:
+            time.sleep(0.001)
+        time.sleep(0.0007 * attempt)
+        process.kill()
+        process.join()
         for found in tmp_path.glob("checkpoint*.pt"):
             file = dune.read_checkpoint(found)
             assert file["model"].eq(file["step"]).all()
-        assert dune.read_checkpoint(path)["step"] >= step
+        assert dune.read_checkpoint(path)["step"] >= written.value
 
 
 @pytest.mark.parametrize("args, message", [
@@ -198,6 +267,13 @@ def test_mistakes_are_one_line(args, message, tmp_path):
 def test_a_mistake_ends_a_script_with_code_2_and_no_traceback():
     done = subprocess.run([sys.executable, "train.py", "--teachers", "x"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: unknown") and done.stderr.count("\n") == 1
+
+
+def test_a_mistake_of_several_processes_is_told_once_and_ends_them_all(weights, tmp_path):
+    for wrong, message in ((["--batch", 13], "--batch 13 does not divide"), (["--weights", "dinov2=/nowhere.pth"], "no such file: /nowhere.pth")):
+        run = torchrun(2, *SMALL, *weights, "--out", tmp_path, *wrong)
+        text, _ = run.communicate(timeout=60)
+        assert run.returncode and text.count("error: ") == text.count(message) == 1, text[-3000:]
 
 
 def test_a_run_with_other_settings_is_not_continued(weights, tmp_path):
