@@ -247,15 +247,21 @@ class Scenes:
             raise Oops(f"{spec}: write scenes:NAME or scenes:NAME:START-STOP (seeds), NAME one of {', '.join(SCENES)}")
         self.spec, self.weight, self.kind = spec, weight, parts[1]
         self.start, stop = int(parts[2] or 0), int(parts[3] or TEST_SCENES)
-        self.count = stop - self.start
+        self.count, self.kept = stop - self.start, None
         if self.count < 1:
             raise Oops(f"{spec} holds no images: START must be less than STOP")
 
     def name(self, i):
         return f"scenes:{self.kind}:{self.start + i}"
 
+    def keep(self, size):
+        """Draw a source of at most 128 MB once and for all, by all cores, before the worker processes start, which then share it."""
+        if 3 * self.count * size**2 <= 128e6 and (self.kept is None or self.kept.shape[1] != size):
+            self.kept = np.stack(draw_scenes(self.kind, self.start, self.count, size, lambda scene: scene["image"]))
+
     def read(self, i, size=0, crop=None):
-        image = Image.fromarray(SCENES[self.kind](self.start + i, size or 224)["image"])
+        size = size or 224
+        image = Image.fromarray(self.kept[i] if self.kept is not None and size == self.kept.shape[1] else SCENES[self.kind](self.start + i, size)["image"])
         return image, crop(*image.size) if crop else (0, 0, *image.size)
 
 
@@ -297,15 +303,15 @@ def read_lines(spec):
     return [spec] if listing else lines
 
 
-def parse_data(specs, teachers):
+def parse_data(specs, teachers, scenes=""):
     """The groups that `--data` describes: `teacher=source,source…`, sources for all teachers, or a text file with such lines.
 
-    specs: list of str; empty: each teacher learns from procedural scenes. Returns [Group]; opens (and if need be builds) every index.
+    specs: list of str; empty: each teacher learns from procedural scenes (scenes: ":START-STOP", their seeds). Returns [Group]; opens (and if need be builds) every index.
     Oops if a source is missing, empty or broken, or if the teachers in `specs` and `teachers` are not the same.
     """
     if not specs:
         kind = {t: {"mast3r": "rooms", "multihmr": "people"}.get(t, "objects") for t in teachers}
-        return [Group(k, [Scenes(f"scenes:{k}")], tuple(t for t in teachers if kind[t] == k)) for k in dict.fromkeys(kind.values())]
+        return [Group(k, [Scenes(f"scenes:{k}{scenes}")], tuple(t for t in teachers if kind[t] == k)) for k in dict.fromkeys(kind.values())]
     wanted = collections.defaultdict(list)
     for line in itertools.chain.from_iterable(map(read_lines, specs)):
         teacher, sources = re.fullmatch(r"(?:([\w.-]+)=)?(.*)", line).groups()
@@ -594,6 +600,9 @@ class Steps(Dataset):
         self.mine = range(rank * batch // world, (rank + 1) * batch // world)
         self.orders = [Order(g, mix(seed, i), shuffle=train) for i, g in enumerate(groups)]
         self.sources = [s for g in groups for s in g.sources]
+        for source in self.sources:
+            if isinstance(source, Scenes):
+                source.keep(image_size)
         self.first = list(itertools.accumulate((len(g.sources) for g in groups), initial=0))
 
     def __getitem__(self, step):
@@ -948,14 +957,14 @@ def objects(seed, size=112):
     rng = random.Random(f"objects {seed}")
     x, y = _grid(size)
     img, light = _backdrop(rng, x, y), (rng.uniform(-0.6, 0.6), -0.5, 0.7)
-    for _ in range(rng.randrange(2, 7)):  # clutter: pills, and lines, some with patterns of kinds
+    for _ in range(rng.randrange(2, 6)):  # clutter: pills and lines
         a, turn, thin = (rng.uniform(0, 1), rng.uniform(0, 1)), rng.uniform(0, TAU), rng.choice([0.12, 1])
-        r, length, pattern = rng.uniform(0.03, 0.12) * thin, rng.uniform(0.02, 0.2) / thin ** 0.5, rng.choice([*PATTERNS, *[None] * 8])
+        r, length = rng.uniform(0.03, 0.12) * thin, rng.uniform(0.02, 0.2) / thin ** 0.5
         b = a[0] + length * math.cos(turn), a[1] + length * math.sin(turn)
-        _bar(img, x, y, a, b, r, r, (_colour(rng), _colour(rng)), light, pattern)
+        _bar(img, x, y, a, b, r, r, (_colour(rng),), light)
     label = rng.randrange(len(KINDS))
     radius, hole, pattern, across, down = list(KINDS.values())[label]
-    r, turn, flip, scale = rng.triangular(0.2, 0.36, 0.33), rng.uniform(-0.5, 0.5), rng.choice([-1, 1]), rng.uniform(0.85, 1.15)
+    r, turn, flip, scale = rng.triangular(0.27, 0.42, 0.38), rng.uniform(-0.4, 0.4), rng.choice([-1, 1]), rng.uniform(0.9, 1.1)
     cx, cy, hue, value = rng.uniform(r, 1 - r), rng.uniform(r, 1 - r), rng.uniform(0, 1), rng.uniform(0.5, 1)
     rows, cols = _window(size, cx - 1.2 * r, cy - 1.2 * r, cx + 1.2 * r, cy + 1.2 * r)
     px, py = (x[:, cols] - cx) / r, (y[rows] - cy) / r
@@ -1131,7 +1140,7 @@ JOINTS = ("head", "neck", "pelvis", *(f"{side} {name}" for side in ("left", "rig
 
 def _skeleton(rng):
     """A posed person: joints [J,3] (lowest foot at y = 0), forward [3], left [3], height, girth (1 is usual)."""
-    tall, girth, heading = rng.uniform(1.5, 1.95), rng.uniform(0.8, 1.25), rng.uniform(0, TAU)
+    tall, girth, heading = rng.uniform(1.5, 1.95), rng.uniform(0.8, 1.25), rng.triangular(0, TAU, math.pi)
     down, forward, left = np.array([[0, 1, 0], [math.sin(heading), 0, math.cos(heading)], [-math.cos(heading), 0, math.sin(heading)]])
     def aim(swing, spread, side=1):  # down, swung forward, spread to a side (radians)
         return tall * (math.cos(spread) * (math.cos(swing) * down + math.sin(swing) * forward) + math.sin(spread) * side * left)
@@ -1197,7 +1206,7 @@ def people(seed, size=112):
     Camera frame: x right, y down, z forward."""
     rng = random.Random(f"people {seed}")
     x, y = _grid(size)
-    focal, count, light, figures = rng.uniform(0.9, 1.8), rng.randrange(1, 4), (rng.uniform(-0.6, 0.6), -0.5, 0.7), []
+    focal, count, light, figures = rng.uniform(0.9, 1.8), rng.choice((1, 1, 1, 2, 2, 3)), (rng.uniform(-0.6, 0.6), -0.5, 0.7), []
     def flat(p): return float(p[0] / p[2] * focal + 0.5), float(p[1] / p[2] * focal + 0.5)
     for slot in rng.sample(range(count), count):
         joints, forward, left, tall, girth = _skeleton(rng)
@@ -1232,23 +1241,34 @@ SCENES = {"objects": objects, "rooms": rooms, "people": people}
 TEST_SCENES = 10 ** 9                                                  # seeds from here on are never trained on
 
 
-def draw_scene(job):
-    kind, seed, size, options = job
-    scene = SCENES[kind](seed, size, **options)
-    for key in {"joints2d", "joints3d", "visible"} & set(scene):       # one to three figures: room for three
-        scene[key] = np.concatenate([scene[key], np.zeros((3 - len(scene[key]), *scene[key].shape[1:]), scene[key].dtype)])
-    return scene
+def draw_scenes(kind, start, count, size, pick, **options):
+    """[pick(scene)] of `count` scenes, drawn by all cores."""
+    def draw(seeds):
+        return [pick(SCENES[kind](seed, size, **options)) for seed in seeds]
+    parts = [range(first, min(first + 16, start + count)) for first in range(start, start + count, 16)]
+    if count < 64:
+        return [scene for part in parts for scene in draw(part)]
+    global _draw                                                       # a forked process finds it there; it could not be sent to it
+    _draw = draw
+    pool = multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0)), start_worker, (0,))
+    scenes = [scene for part in pool.imap(_drawn, parts) for scene in part]
+    pool.close()                                                       # and not terminate(): that sends a SIGTERM, which train.py catches
+    pool.join()
+    return scenes
+
+
+def _drawn(seeds):
+    return _draw(seeds)
 
 
 def labelled_scenes(kind, start, count, size=112, **options):
     """`count` scenes with their labels, as tensors [count, ...]: "image" uint8 [count,3,size,size] and what SCENES[kind] gives (people: up
     to three figures, "visible" false where there is none). Drawn by all cores; options: view=1 for rooms."""
-    jobs = [(kind, seed, size, options) for seed in range(start, start + count)]
-    if count < 64:
-        scenes = list(map(draw_scene, jobs))
-    else:
-        with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
-            scenes = pool.map(draw_scene, jobs, chunksize=16)
+    def pad(scene):
+        for key in {"joints2d", "joints3d", "visible"} & set(scene):   # one to three figures: room for three
+            scene[key] = np.concatenate([scene[key], np.zeros((3 - len(scene[key]), *scene[key].shape[1:]), scene[key].dtype)])
+        return scene
+    scenes = draw_scenes(kind, start, count, size, pad, **options)
     out = {key: torch.from_numpy(np.stack([scene[key] for scene in scenes])) for key in scenes[0]}
     out["image"] = out["image"].permute(0, 3, 1, 2).contiguous()
     return out

@@ -3,6 +3,7 @@
     python eval.py study --run out/tiny                   # procedural scenes: is the student as good as each teacher at its own job?
     python eval.py ablate                                 # retrains the tiny student over projector x sharing x dropping
     python eval.py pca --run out/tiny                     # also loss, spectrum, alignment: what distillation did
+    python eval.py two-view a.jpg b.jpg                    # two photographs to 3D: point cloud, pose, matches
     python eval.py knn --train in1k/train --test in1k/val --run out/dune --teacher dinov2      # also linear, seg, depth, match
 
 A command looks at the student's encoder, at the student through projectors (--through dinov2) and at bare teachers (--teacher dinov2),
@@ -19,7 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 
 import numpy as np
@@ -306,7 +307,13 @@ def readers_of(args):
 def output(args, suffix):
     """Where a command writes: --out, or beside the run, or here, under the command's name."""
     stem = re.sub(r"\.(png|json)$", "", args.out) if args.out else os.path.join(args.run or ".", args.command)
-    os.makedirs(os.path.dirname(stem) or ".", exist_ok=True)
+    folder = os.path.dirname(stem) or "."
+    try:
+        os.makedirs(folder, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "permission denied")
+    except OSError as error:
+        raise Oops(f"cannot write in {folder}: {error.strerror}; choose another --out") from None
     return stem + suffix
 
 
@@ -715,6 +722,12 @@ def centres(rows, cols):
     return torch.stack([x, y], -1).flatten(0, 1)
 
 
+def nearest(a, b):
+    """For each row of a [n, D]: the largest dot product with a row of b [m, D], and which row that is. In parts: the whole matrix may be large."""
+    best = [(part @ b.T).max(1) for part in a.split(max(1, 2**26 // len(b)))]
+    return torch.cat([x.values for x in best]), torch.cat([x.indices for x in best])
+
+
 def match(reader, images, upsample=1):
     """Mutual nearest neighbours (cosine) of two images' patch features: (places in a, places in b, similarity), places [m, 2] as (x, y)
     fractions of the sides. images: two uint8 [3, H, W]; upsample: features are interpolated to a grid so many times finer first."""
@@ -726,10 +739,7 @@ def match(reader, images, upsample=1):
         flat.append(F.normalize(x[0].flatten(1).T, dim=-1))
         places.append(centres(*x.shape[-2:]))
 
-    def nearest(a, b):  # in parts: the whole matrix may be large
-        best = [(part @ b.T).max(1) for part in a.split(4096)]
-        return torch.cat([x.values for x in best]).cpu(), torch.cat([x.indices for x in best]).cpu()
-    (similarity, ab), (_, ba) = nearest(*flat), nearest(*flat[::-1])
+    (similarity, ab), (_, ba) = ([x.cpu() for x in nearest(*pair)] for pair in (flat, flat[::-1]))
     mutual = (ba[ab] == torch.arange(len(ab))).nonzero()[:, 0]
     return places[0][mutual], places[1][ab[mutual]], similarity[mutual]
 
@@ -823,14 +833,19 @@ def read_pairs(args):
     return found
 
 
-def draw_matches(a, b, places_a, places_b, error, path):
-    """Write two uint8 [h, w, 3] side by side with lines between matches: green within 5 % of the side, red beyond, blue if nothing is known."""
-    sheet = Image.new("RGB", (a.shape[1] + b.shape[1] + 8, max(a.shape[0], b.shape[0])), "white")
-    sheet.paste(Image.fromarray(a), (0, 0)), sheet.paste(Image.fromarray(b), (a.shape[1] + 8, 0))
+def draw_matches(a, b, places_a, places_b, error, path, below=()):
+    """Write two uint8 [h, w, 3] side by side with lines between matches: green within 5 % of the side, red beyond, blue if nothing is known.
+    places: [n, 2] fractions of the sides; below: more such pairs of pictures, under the first."""
+    rows, left = [(a, b), *below], a.shape[1] + 8
+    height = max(a.shape[0], b.shape[0]) + 8
+    sheet = Image.new("RGB", (left + b.shape[1], height * len(rows) - 8), "white")
+    for i, row in enumerate(rows):
+        for x, picture in zip((0, left), row):
+            sheet.paste(Image.fromarray(picture), (x, i * height))
     draw = ImageDraw.Draw(sheet)
     for p, q, e in zip(places_a.tolist(), places_b.tolist(), error.tolist()):
         colour = "#3af" if math.isnan(e) else "#2d3" if e <= 0.05 else "#f33"
-        ends = p[0] * a.shape[1], p[1] * a.shape[0], a.shape[1] + 8 + q[0] * b.shape[1], q[1] * b.shape[0]
+        ends = p[0] * a.shape[1], p[1] * a.shape[0], left + q[0] * b.shape[1], q[1] * b.shape[0]
         draw.line(ends, fill=colour, width=1)
         for x, y in (ends[:2], ends[2:]):
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), outline=colour, width=2)
@@ -877,16 +892,23 @@ class Column:
 COLUMNS = {"k-NN": Column("k-NN %", "objects"), "accuracy": Column("linear %", "objects"), "mIoU": Column("mIoU %", "objects"),
            "depth RMSE": Column("RMSE m", "rooms", False), "delta1": Column("delta1 %", "rooms"), "normals": Column("normals °", "rooms", False),
            "matching": Column("match %", "rooms"), "joints 2D": Column("2D %", "people"), "joints 3D": Column("3D cm", "people", False)}
-STUDY = dict(train=840, test=300, pairs=60)  # scenes of each domain and seed
-CHUNK, PROBE_STEPS = 120, 210
+ROOM_SEEDS = 2 * 10**8  # where the rooms begin that two-view decoders learn from: no teacher and no student has seen them
+STUDY = dict(train=1200, test=300, pairs=60)  # scenes of each domain and seed
+CHUNK, PROBE_STEPS = 120, 500
 
 
 def study_scenes(seed, size, grid, train, test, pairs):
-    """{domain: (train scenes, targets of each CHUNK of them, test scenes, their targets)} and "pairs": what study_row needs. Probes train
-    on seeds from 5*10^8, test from 1.1*10^9: no teacher and no student has seen either."""
+    """What study_row needs: {domain: (train scenes, targets of each CHUNK of them, test scenes, their targets)}, "own": which patches of the
+    training rooms' two views belong together (patch_pairs), "pairs": test rooms. Probes train on seeds from 5*10^8, test from 1.1*10^9:
+    no teacher and no student has seen either."""
     scenes = {}
     for domain in data.SCENES:
-        known, new = (data.labelled_scenes(domain, start + 10**6 * seed, n, size) for start, n in ((5 * 10**8, train), (data.TEST_SCENES + 10**8, test)))
+        if domain == "rooms":  # both views of half as many
+            views = zoo.room_pairs(5 * 10**8 + 10**6 * seed, train // 2, size)
+            known, scenes["own"] = {k: v.flatten(0, 1) for k, v in views.items()}, zoo.patch_pairs(views, grid)
+        else:
+            known = data.labelled_scenes(domain, 5 * 10**8 + 10**6 * seed, train, size)
+        new = data.labelled_scenes(domain, data.TEST_SCENES + 10**8 + 10**6 * seed, test, size)
         probe = zoo.Probe(domain, 1, grid)
         chunks = [probe.targets({k: v[i:i + CHUNK] for k, v in known.items()}) for i in range(0, train, CHUNK)]
         scenes[domain] = known, chunks, new, probe.targets(new)
@@ -902,9 +924,9 @@ def study_features(reader, images):
     return {"cls": patch.mean(1) if parts[0]["cls"] is None else torch.cat([p["cls"] for p in parts]), "patch": patch}
 
 
-def study_row(reader, scenes, grid, seed):
-    """{column: value}: probes of one frozen encoder on all domains."""
-    row = {}
+def study_row(reader, scenes, grid, seed, steps=0):
+    """{column: value}: probes of one frozen encoder on all domains, each trained for `steps` (0: PROBE_STEPS)."""
+    row, steps = {}, steps or PROBE_STEPS
     for domain in data.SCENES:
         train, chunks, test, truth = scenes[domain]
         x, y = study_features(reader, train["image"]), study_features(reader, test["image"])
@@ -916,20 +938,41 @@ def study_row(reader, scenes, grid, seed):
         torch.manual_seed(seed)
         probe = zoo.Probe(domain, x["patch"].shape[-1], grid)
         parts = [{k: v[i:i + CHUNK] for k, v in x.items()} for i in range(0, len(x["cls"]), CHUNK)]
-        fit(probe, lambda step: probe.loss(probe(parts[step % len(parts)], chunks[step % len(parts)]), chunks[step % len(parts)]), PROBE_STEPS, 3e-2)
+        fit(probe, lambda step: probe.loss(probe(parts[step % len(parts)], chunks[step % len(parts)]), chunks[step % len(parts)]), steps, 3e-2)
         with torch.no_grad():
             row.update(probe.metrics(probe(y, truth), truth))
-    pairs = [two_view(reader, a, b, upsample=1) for a, b in scenes["pairs"]]
+        if domain == "rooms":
+            describes = with_descriptor(reader, x["patch"].unflatten(0, (-1, 2)), *scenes["own"], mean, std, steps)
+    pairs = [room_matches(describes, a, b, upsample=1) for a, b in scenes["pairs"]]
     # Of all patches that both views see: of the matches alone, an encoder that finds few would look good. 10 % of the side is less than a patch.
     row["matching"] = correct(torch.cat([p[3] for p in pairs]), sum(p[4] for p in pairs), (0.1,))["found"]
     return {c: row[c] for c in COLUMNS}
 
 
-def two_view(reader, a, b, upsample):
+def with_descriptor(reader, pairs, own, seen, mean, std, steps):
+    """The reader with a linear layer behind it that has learned which patches of two views [n, 2, N, D] (standardised) are of one place."""
+    head = nn.Linear(pairs.shape[-1], 64, bias=False)
+
+    def loss(step):
+        rows = slice(step * 60 % len(pairs), step * 60 % len(pairs) + 60)
+        return zoo.contrast(head(pairs[rows, 0]), head(pairs[rows, 1]), own[rows])[seen[rows]].mean()
+    fit(head, loss, steps, 1e-2)
+
+    def read(images):
+        return {"cls": None, "patch": head((reader.function(images)["patch"].float() - mean) / std)}
+    return replace(reader, function=read)
+
+
+def room_matches(reader, a, b, upsample):
     """match_errors() of the two views of a room."""
     truth = {"depth": a["depth"], "depth_b": b["depth"], "camera": (a["K"], b["K"], b["pose"].double().inverse() @ a["pose"].double())}
     size = (a["image"].shape[-1],) * 2
     return match_errors(reader, (a["image"], b["image"]), (size, size), truth, upsample)
+
+
+def random_encoder(like):
+    """A ViT of the same shape with random weights: what any network knows before it learns."""
+    return dune.ViT(like.grid * like.patch_size, like.patch_size, like.embed_dim, len(like.blocks), like.blocks[0].attn.heads, like.registers, layer_scale=None).eval()
 
 
 def command_study(args):
@@ -940,8 +983,7 @@ def command_study(args):
     domains = {t: {"mast3r": "rooms", "multihmr": "people"}.get(t, "objects") for t in teachers}  # as data.parse_data gives them out
     if model:
         torch.manual_seed(args.seed)
-        blank = dune.ViT(model.encoder.grid * patch, patch, model.encoder.embed_dim, len(model.encoder.blocks), model.encoder.blocks[0].attn.heads,
-                         model.encoder.registers, layer_scale=None).eval().to(args.device)
+        blank = random_encoder(model.encoder).to(args.device)
         readers = [Reader("random encoder", blank, patch, [blank]), *readers, *student_readers(model, ["encoder", *(t for t in model.projectors)])]
     values = {reader.name: [] for reader in readers}
     bar = tqdm(total=args.seeds * len(readers), desc="study: scenes", leave=False)
@@ -978,13 +1020,14 @@ def command_study(args):
 
 FACTORS = {"projector": ("sp", "lp", "tp"), "sharing": ("own", "own+generic", "all"), "drop": (0.0, 0.5)}
 PAPER = {"projector": "the transformer projector is best", "sharing": "all data for all teachers is best", "drop": "dropping balances the teachers"}
-RECIPE = {"projector": "tp", "sharing": "all", "drop": 0.5}
+RECIPE = {"projector": "tp", "sharing": "own", "drop": 0.5}  # of the tiny preset
 
 
 def train_one(args, config, seed, steps):
     """Train the tiny student in a process of its own: (its checkpoint, images/s). A run that is there already, finished, is not repeated."""
     out = os.path.join(args.out or "out/ablate", f"{config['projector']}-{config['sharing']}-{config['drop']:g}-seed{seed}-steps{steps}")
     options = [f"--{k}={v}" for k, v in {**config, "seed": seed, "steps": steps, "out": out, "log-every": 5}.items()]
+    options += [f"--data={t}=scenes:{domain}" for t, (domain, *_) in zoo.SPECIALISTS.items()]  # without end: a short run need not draw the preset's thousands
     result = subprocess.run([sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"), "--preset", "tiny", *options], capture_output=True, text=True)
     if result.returncode:
         raise Oops(f"train.py failed for {out}: {(result.stderr.strip().splitlines() or ['?'])[-1]}")
@@ -1031,11 +1074,11 @@ def command_ablate(args):
             grid = (model.encoder.grid,) * 2
             if scenes is None:
                 scenes = study_scenes(0, size, grid, train=540, test=240, pairs=20)
-                own = {t: study_row(teacher_reader(t, x, patch), scenes, grid, 0) for t, x in teachers.items()}
+                own = {t: study_row(teacher_reader(t, x, patch), scenes, grid, 0, 200) for t, x in teachers.items()}
                 owner = {c: own[{"rooms": "mast3r", "people": "multihmr"}.get(column.domain, "dinov2")][c] for c, column in COLUMNS.items()}
                 held = held_out([], data.parse_data([], list(teachers)), list(teachers), size)["image"]
             losses = {t: parts["loss"] for t, parts in held_out_losses(model, teachers, held, grid).items()}
-            probes = study_row(student_readers(model, ["encoder"])[0], scenes, grid, 0)
+            probes = study_row(student_readers(model, ["encoder"])[0], scenes, grid, 0, 200)
             runs.append({**config, "seed": seed, "steps": length, "images/s": rate, "loss": float(np.mean(list(losses.values()))),
                          "imbalance": max(losses.values()) - min(losses.values()),
                          "study": float(np.mean([COLUMNS[c].ratio(v, owner[c]) for c, v in probes.items()])), "losses": losses, "probes": probes})
@@ -1138,6 +1181,323 @@ def command_alignment(args):
     print(f"wrote {path}, {picture}")
 
 
+# ---------------------------------------------------------------------------------------------------- two photographs to 3D
+# Points are [..., 3] in metres, x right, y down, z forward; pixels are (x, y) with centres at integer + 0.5.
+
+def pixel_grid(height, width, device="cpu"):
+    """[height * width, 2]: the centres of the pixels."""
+    return (centres(height, width) * torch.tensor([width, height])).to(device)
+
+
+def estimate_focal(points, weight):
+    """Focal length in pixels that explains a point map [H, W, 3] in its own camera's frame, the image's centre being the principal point.
+
+    The median of what each pixel says; far from the centre, and by weight [H, W], it says more. Oops if no point is before the camera.
+    """
+    height, width = points.shape[:2]
+    points, weight = points.flatten(0, 1).double().cpu(), weight.flatten().double().cpu()
+    keep = points[:, 2] > 1e-6
+    if not keep.any():
+        raise Oops("no focal length: every point lies behind the camera; are these the right weights?")
+    pixels, rays = (pixel_grid(height, width) - torch.tensor([width, height]) / 2)[keep].double(), points[keep, :2] / points[keep, 2:]
+    says, order = ((pixels * rays).sum(-1) / rays.square().sum(-1).clamp(min=1e-12)).sort()
+    share = (pixels.norm(dim=-1) * weight[keep])[order].cumsum(0)
+    return says[torch.searchsorted(share, share[-1:] / 2)].item()
+
+
+def reciprocal_matches(desc1, desc2, stride=8, rounds=8):
+    """Pixels of two descriptor maps [H, W, D] that are each other's nearest neighbour: flat indices (first [n], second [n]).
+
+    Seeds on a grid of `stride` go to their nearest neighbour in the other image and back until they do not move any more (MASt3R).
+    """
+    height, width, _ = desc1.shape
+    here = torch.arange(height * width, device=desc1.device).view(height, width)[stride // 2::stride, stride // 2::stride].flatten()
+    one, two = desc1.flatten(0, 1), desc2.flatten(0, 1)
+    found = []
+    for _ in range(rounds):
+        there = nearest(one[here], two)[1]
+        back = nearest(two[there], one)[1]
+        found.append(torch.stack([here, there], 1)[back == here])
+        here = back[back != here].unique()
+        if not len(here):
+            break
+    return torch.cat(found).unique(dim=0).unbind(1)
+
+
+def rigid_fit(a, b):
+    """Rotations [..., 3, 3] and translations [..., 3] with R a + t = b in the least squares (Kabsch); a, b [..., n, 3]."""
+    ca, cb = a.mean(-2, keepdim=True), b.mean(-2, keepdim=True)
+    u, _, vt = torch.linalg.svd((b - cb).mT @ (a - ca))
+    sign = torch.ones_like(u[..., 0])
+    sign[..., 2] = torch.linalg.det(u @ vt)
+    rotation = (u * sign[..., None, :]) @ vt
+    return rotation, (cb - ca @ rotation.mT).squeeze(-2)
+
+
+def relative_pose(points1, points2, pixels2, focal2, tolerance, hypotheses=1000):
+    """Camera 2 in camera 1's frame, [4, 4], and which matches agree with it, bool [n].
+
+    points1, points2 [n, 3]: the matched points, each in its own camera's frame; pixels2 [n, 2]: where camera 2 sees them, from its
+    principal point; tolerance: pixels. RANSAC over rigid fits of three matches, judged by where they project into view 2; the best one is
+    refined there (PnP by Gauss-Newton), so that the depth of view 2 only has to be roughly right. Fewer than 4 matches: (None, none).
+    """
+    points1, points2, pixels2 = points1.double().cpu(), points2.double().cpu(), pixels2.double().cpu()
+    if len(points1) < 4:
+        return None, torch.zeros(len(points1), dtype=torch.bool)
+    pick = torch.randint(len(points1), (hypotheses, 3), generator=torch.Generator().manual_seed(0))
+
+    def residual(rotation, translation):
+        moved = points1 @ rotation.mT + translation[..., None, :]
+        return moved, focal2 * moved[..., :2] / moved[..., 2:].clamp(min=1e-6) - pixels2
+
+    def agrees(rotation, translation):
+        moved, error = residual(rotation, translation)
+        return (error.norm(dim=-1) < tolerance) & (moved[..., 2] > 1e-6)
+    rotation, translation = rigid_fit(points1[pick], points2[pick])
+    best = agrees(rotation, translation).sum(-1).argmax()
+    pose = rotation[best], translation[best]
+    for _ in range(10):
+        inside = agrees(*pose)
+        if inside.sum() < 4:
+            break
+        moved, error = (x[inside] for x in residual(*pose))
+        x, y, z = moved.unbind(1)
+        zero, one = torch.zeros_like(z), torch.ones_like(z)
+        by_point = focal2 * torch.stack([one / z, zero, -x / z**2, zero, one / z, -y / z**2], -1).view(-1, 2, 3)
+        by_turn = torch.stack([zero, z, -y, -z, zero, x, y, -x, zero], -1).view(-1, 3, 3)
+        step = torch.linalg.lstsq(torch.cat([by_point @ by_turn, by_point], -1).flatten(0, 1), -error.flatten()[:, None]).solution[:, 0]
+        a, b, c = step[:3].tolist()
+        turn = torch.linalg.matrix_exp(torch.tensor([[0, -c, b], [c, 0, -a], [-b, a, 0]], dtype=torch.double))
+        better = turn @ pose[0], turn @ pose[1] + step[3:]
+        if agrees(*better).sum() < inside.sum():
+            break
+        pose = better
+    camera = torch.eye(4, dtype=torch.double)
+    camera[:3, :3], camera[:3, 3] = pose[0].T, -pose[0].T @ pose[1]
+    return camera, agrees(*pose)
+
+
+def angle(rotation):
+    """Of a rotation [3, 3], in degrees."""
+    return torch.rad2deg(((rotation.trace() - 1) / 2).clamp(-1, 1).acos()).item()
+
+
+@torch.no_grad()
+def reconstruct(model, image1, image2, stride=8):
+    """All that a TwoView says about two images, uint8 [3, H, W]: {"views": its two dictionaries, without the batch dimension, "focal":
+    [f1, f2] pixels, "matches": flat pixel indices ([n], [n]), best first, "pose": camera 2 in camera 1 [4, 4], "inside": bool [n]}."""
+    device = model.dec_norm.weight.device
+    one, two = (image[None].to(device) / 127.5 - 1 for image in (image1, image2))
+    first, second = ({k: v[0] for k, v in view.items()} for view in model(one, two))
+    own = {k: v[0] for k, v in model(two, one)[0].items()}  # view 2 in its own camera's frame
+    focal = [estimate_focal(view["pts3d"], view["conf"]) for view in (first, own)]
+    a, b = reciprocal_matches(first["desc"], second["desc"], stride)
+    best = (first["desc_conf"].flatten()[a] * second["desc_conf"].flatten()[b]).argsort(descending=True)
+    a, b = a[best], b[best]
+    height, width = image2.shape[1:]
+    pixels = pixel_grid(height, width, device)[b] - torch.tensor([width, height], device=device) / 2
+    pose, inside = relative_pose(first["pts3d"].flatten(0, 1)[a], own["pts3d"].flatten(0, 1)[b], pixels, focal[1], 0.02 * max(height, width))
+    return {"views": (first, second), "focal": focal, "matches": (a, b), "pose": pose, "inside": inside}
+
+
+def write_ply(path, points, colours):
+    """A point cloud, points [n, 3] and colours uint8 [n, 3], as a binary PLY file."""
+    rows = np.empty(len(points), [("xyz", "<f4", 3), ("rgb", "u1", 3)])
+    rows["xyz"], rows["rgb"] = points, colours
+    names = [*(f"property float {c}" for c in "xyz"), *(f"property uchar {c}" for c in ("red", "green", "blue"))]
+    with open(path, "wb") as file:
+        file.write("\n".join(["ply", "format binary_little_endian 1.0", f"element vertex {len(rows)}", *names, "end_header\n"]).encode())
+        file.write(rows.tobytes())
+
+
+def two_view_picture(path, images, result, lines=40):
+    """Write a PNG: both images with the best matches that agree drawn between them, depth below (near is warm), confidence below (high is warm)."""
+    pairs = torch.stack(result["matches"], 1).cpu()[result["inside"]][:4 * lines]
+    pairs = pairs[::max(1, len(pairs) // lines)][:lines]  # the best ones, thinned out
+    places = [pixel_grid(*image.shape[1:])[p] / torch.tensor(image.shape[:0:-1]) for image, p in zip(images, pairs.T)]
+
+    scale = max(1, 320 // max(images[0].shape))
+
+    def colours(values):
+        low, high = np.percentile(values, (2, 98))
+        return larger(depth_colours(values, max(low, 1e-6), max(high, 2e-6)))
+
+    def larger(picture):
+        return picture.repeat(scale, 0).repeat(scale, 1)
+    below = [[colours(look(view).cpu()) for view in result["views"]] for look in (lambda v: v["pts3d"][..., 2].clamp(min=1e-3), lambda v: 1 / v["conf"])]
+    return draw_matches(*(larger(image.permute(1, 2, 0).numpy()) for image in images), *places, torch.full((len(pairs),), math.nan), path, below)
+
+
+# Training a decoder, with MASt3R's losses, on pairs of views (see teachers.py for what a pair holds).
+
+class FolderPairs(torch.utils.data.Dataset):
+    """Pairs of neighbours by name in each sub-folder of `root`: NAME.jpg (.png, .webp) beside NAME.npz with depth, K and pose."""
+
+    def __init__(self, root, size):
+        self.size, self.pairs = size, []
+        for folder, _, names in sorted(os.walk(root)):
+            names = sorted(n for n in names if n.lower().endswith(data.SUFFIXES) and os.path.splitext(n)[0] + ".npz" in names)
+            self.pairs += [(os.path.join(folder, a), os.path.join(folder, b)) for a, b in zip(names, names[1:])]
+        if len(self.pairs) < 2:
+            raise Oops(f"{root} holds no pairs: images NAME.jpg beside NAME.npz (depth, K, pose), at least three in a sub-folder")
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def view(self, path):
+        image, camera = data.load_image(path), os.path.splitext(path)[0] + ".npz"
+        try:
+            with np.load(camera, allow_pickle=False) as file:
+                depth, K, pose = (torch.from_numpy(np.asarray(file[k], np.float32)) for k in ("depth", "K", "pose"))
+        except Exception as error:  # numpy's errors for foreign files are of many types
+            raise Oops(f"cannot read {camera}: {data.reason(error)}") from None
+        if depth.shape != (image.height, image.width) or K.shape != (3, 3) or pose.shape != (4, 4):
+            raise Oops(f"{camera}: expected depth {[image.height, image.width]} as the image, K [3, 3] and pose [4, 4]")
+        x0, y0, x1, y1 = box = data.centre(*image.size)
+        scale = self.size / (x1 - x0)
+        K = torch.tensor([[scale, 0, -x0 * scale], [0, scale, -y0 * scale], [0, 0, 1]]) @ K
+        depth = F.interpolate(depth[None, None, y0:y1, x0:x1], (self.size, self.size), mode="nearest-exact")[0, 0]
+        return data.crop_resize(image, box, self.size, self.size), depth.nan_to_num(0, 0, 0).clamp(min=0), K, pose
+
+    def __getitem__(self, i):
+        return dict(zip(("image", "depth", "K", "pose"), map(torch.stack, zip(*map(self.view, self.pairs[i])))))
+
+
+def two_view_loss(views, geometry, matching=0.075, samples=512):
+    """MASt3R's training loss: point regression weighted by confidence, metric, and `matching` times InfoNCE over true correspondences."""
+    points, known, place, seen = geometry
+    loss = 0
+    for k, view in enumerate(views):
+        error = (view["pts3d"] - points[:, k]).norm(dim=-1)
+        loss = loss + (view["conf"] * error - 0.2 * view["conf"].log())[known[:, k]].mean()
+    size, seen = place.shape[1], seen.flatten(1).float()
+    pick = torch.multinomial(seen + 1e-9, samples, replacement=True)
+    at = place.flatten(1, 2).gather(1, pick[..., None].expand(-1, -1, 2)).clamp(0, size - 1).long()
+    picks = pick, at[..., 1] * size + at[..., 0]
+    one, two = (view["desc"].flatten(1, 2).gather(1, p[..., None].expand(-1, -1, view["desc"].shape[-1])) for view, p in zip(views, picks))
+    trust = sum(view["desc_conf"].flatten(1).gather(1, p) for view, p in zip(views, picks)) / 2
+    nce, counts = zoo.contrast(one, two, torch.arange(samples, device=pick.device).expand(len(pick), -1)), seen.gather(1, pick)
+    trusted = trust * nce.detach() - 0.2 * trust.log()  # apart from nce: else doubt would silence the descriptors before they learn
+    return loss + matching * ((nce + trusted) * counts).sum() / counts.sum().clamp(min=1)
+
+
+TINY_DECODER = dict(dim=64, depth=2, maps=(16, 16, 24, 32), features=16, last=16, hidden=128)  # for encoders narrower than ViT-S
+
+
+def train_two_view(encoder, pairs, name, size, steps, batch=8, lr=2e-3, device="cpu", seed=0):
+    """A TwoView on a frozen encoder whose decoder has learned from `pairs` (a sequence or dataset); narrow encoders get a tiny one."""
+    torch.manual_seed(seed)
+    tiny = encoder.embed_dim < 384
+    model = zoo.TwoView(encoder, patch=14 if size % 14 == 0 else encoder.patch_size, **(TINY_DECODER if tiny else {})).to(device)
+    for head in (model.downstream_head1, model.downstream_head2):
+        last, local = head.dpt.head["4"], head.head_local_features.fc2
+        nn.init.normal_(last.weight, std=1e-3)  # all points begin three metres ahead
+        last.bias.data = torch.tensor([0.0, 0.0, math.log(4), 0.0], device=device)
+        weight = local.weight.data.view(-1, model.patch**2, local.in_features)
+        weight.copy_(weight[:, :1])  # and the pixels of a patch with one descriptor: places are learned sooner than differences within them
+        nn.init.zeros_(local.bias)
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.05, betas=(0.9, 0.95), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.1)
+    workers = 0 if isinstance(pairs, list) else min(8, os.cpu_count())
+    order = torch.utils.data.RandomSampler(pairs, replacement=True, num_samples=steps * batch)
+    for part in tqdm(torch.utils.data.DataLoader(pairs, batch, sampler=order, num_workers=workers), f"two-view decoder on the {name}", leave=False):
+        swap = torch.rand(()) < 0.5  # either view may come first
+        part = {k: (v.flip(1) if swap else v).to(device) for k, v in part.items()}
+        images = part["image"] / 127.5 - 1
+        loss = two_view_loss(model(images[:, 0], images[:, 1]), zoo.pair_geometry(part), 1.0 if tiny else 0.075)  # in a few hundred steps 0.075 teaches no descriptors
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def judge_two_view(model, pairs):
+    """{metric: value} on pairs that it has not seen; errors of the pose are medians."""
+    rows = []
+    for i in range(len(pairs)):
+        pair = pairs[i]
+        result = reconstruct(model, *pair["image"], stride=4)
+        points, known, place, seen = (x[0] for x in zoo.pair_geometry({k: v[None] for k, v in pair.items()}))
+        guess = torch.stack([view["pts3d"] for view in result["views"]]).cpu()
+        depth, truth = guess[0, ..., 2][known[0]], pair["depth"][0][known[0]]
+        a, b = (index.cpu() for index in result["matches"])
+        side, mine = pair["depth"].shape[-1], seen.flatten()[a]  # only matches of what both views see can be judged
+        gap = (place.flatten(0, 1)[a] - pixel_grid(side, side)[b]).norm(dim=-1)[mine]
+        true = pair["pose"][0].inverse().double() @ pair["pose"][1].double()
+        pose = torch.eye(4, dtype=torch.double) if result["pose"] is None else result["pose"]
+        rows.append([(guess - points)[known].norm(dim=-1).mean(), (depth - truth).square().mean().sqrt(), 100 * (gap < 0.05 * side).float().mean(),
+                     angle(pose[:3, :3] @ true[:3, :3].T), 100 * (pose[:3, 3] - true[:3, 3]).norm()])
+    table = torch.tensor(rows)
+    names = "points m", "depth RMSE m", "matches %", "rotation °", "translation cm"
+    return dict(zip(names, [*table[:, :3].nanmean(0).tolist(), *table[:, 3:].median(0).values.tolist()]))
+
+
+ROOM_PAIRS = 60  # few: from thousands such a small decoder also learns on a random encoder, and the encoders can no longer be told apart
+
+
+def two_view_study(args):
+    """Paper section 4 in miniature: a decoder on the frozen student, on the mast3r teacher, and on a random encoder, in one table."""
+    if not (args.run or args.checkpoint):
+        raise Oops("eval.py two-view wants two photographs, or --run FOLDER to train a decoder on that run's student")
+    args.teacher = args.teacher or ["mast3r"]
+    model, teachers, size = subject(args)
+    if args.data:
+        pairs = FolderPairs(args.data[0], size)
+        held = min(32, len(pairs) // 5 + 1)
+        pairs, unseen = (torch.utils.data.Subset(pairs, r) for r in (range(len(pairs) - held), range(len(pairs) - held, len(pairs))))
+    else:
+        pairs, unseen = ([{k: v[i] for k, v in batch.items()} for i in range(len(batch["image"]))]
+                         for batch in (zoo.room_pairs(ROOM_SEEDS, ROOM_PAIRS, size), zoo.room_pairs(data.TEST_SCENES, 48, size)))
+    torch.manual_seed(args.seed)
+    blank = random_encoder(model.encoder).to(args.device)
+    rows, shown = {}, unseen[0]["image"]
+    for name, encoder in {"student": model.encoder, **{f"teacher {t}": x.vit for t, x in teachers.items()}, "random encoder": blank}.items():
+        trained = train_two_view(encoder, pairs, name, size, args.steps, device=args.device, seed=args.seed)
+        rows[name] = judge_two_view(trained, unseen)
+        if name == "student":
+            picture = two_view_picture(output(args, ".png"), shown, reconstruct(trained, *shown, stride=4))
+            path = output(args, ".pt")
+            torch.save({"model": {re.sub(r"^encoder\.", "dune_backbone.", k) if k.startswith("encoder.") else k if k.startswith("norm.") else f"mast3r.{k}": v
+                                  for k, v in trained.state_dict().items()}}, path + ".part")
+            os.replace(path + ".part", path)
+    print(f"a two-view decoder on each frozen encoder, {args.steps} steps, judged on {len(unseen)} pairs of {'images' if args.data else 'rooms'} not seen")
+    report(args, size, rows, f"{picture}, {path} (the student with its decoder: eval.py two-view A B --weights {path})")
+
+
+def command_two_view(args):
+    """Two photographs to 3D: point cloud, picture, focal length and pose; with --run, a decoder trained on the run's frozen student."""
+    if not args.images:
+        return two_view_study(args)
+    if len(args.images) != 2:
+        raise Oops(f"two-view takes two images, not {len(args.images)}: eval.py two-view a.jpg b.jpg (or --run FOLDER)")
+    pictures = [data.load_image(path) for path in args.images]
+    cloud, picture = output(args, ".ply"), output(args, ".png")
+    weights = args.weights[-1] if args.weights else f"{args.run}/two-view.pt" if args.run else None
+    model = zoo.load_two_view(weights, args.device)
+    longest = args.image_size or (512 if model.norm is None else model.encoder.grid * model.patch)
+    images = [data.fit_image(x, longest, model.patch) for x in pictures]
+    result = reconstruct(model, *images)
+    points, colours = [], []
+    for image, view in zip(images, result["views"]):
+        keep = view["conf"] >= view["conf"].median().clamp(max=1.5)
+        points.append(view["pts3d"][keep].cpu()), colours.append(image.permute(1, 2, 0)[keep.cpu()])
+    write_ply(cloud, torch.cat(points).numpy(), torch.cat(colours).numpy())
+    two_view_picture(picture, images, result)
+    matches, agree = len(result["inside"]), int(result["inside"].sum())
+    print(f"wrote {cloud} ({sum(map(len, points)):,} points) and {picture}\n{matches} matches, {agree} agree on one pose")
+    if agree < max(12, 0.2 * matches):
+        raise Oops(f"only {agree} of {matches} matches agree: no pose; do the two images overlap?")
+    for path, focal, image in zip(args.images, result["focal"], images):
+        height, width = image.shape[1:]
+        print(f"focal length of {path}: {focal:.1f} px at {width}x{height} (field of view {2 * math.degrees(math.atan(width / 2 / focal)):.1f} degrees)")
+    pose = result["pose"]
+    print(f"camera 2 in camera 1's frame: turned by {angle(pose[:3, :3]):.2f} degrees, moved by {pose[:3, 3].norm():.3f} m\n{np.array2string(pose.numpy(), precision=4, suppress_small=True)}")
+
+
 COMMON = {  # name: how argparse reads it
     "run": dict(help="folder of a run"),
     "checkpoint": dict(help="one of our checkpoints, or a published DUNE or UNIC file or name"),
@@ -1167,6 +1527,7 @@ OPTIONS = {
     "image": dict(nargs="+", default=[], help="photographs to look at"),
     "data": dict(action="append", default=[], metavar="TEACHER=SOURCE", help="images, as for train.py; none: procedural scenes"),
     "seeds": dict(type=int, default=3, help="how many"),
+    "images": dict(nargs="*", help="two photographs"),
     "quick": dict(action="store_true", help="only the recipe and single changes of it, half as long, at equal steps"),
 }
 COMMANDS = {  # name: (function, its own options, its own defaults)
@@ -1177,6 +1538,7 @@ COMMANDS = {  # name: (function, its own options, its own defaults)
     "seg": (command_seg, "train test through steps sliding classes ignore", {}),
     "depth": (command_depth, "train test through steps sliding depth-scale max-depth", {}),
     "match": (command_match, "pair pairs through upsample depth-scale", {}),
+    "two-view": (command_two_view, "images data steps", dict(steps=150)),
 }
 
 
@@ -1188,7 +1550,7 @@ def main(argv=None):
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         command.error = dune.fail
         for option in [*COMMON, *own.split()]:
-            command.add_argument(f"--{option}", **{**COMMON, **OPTIONS}[option])
+            command.add_argument(option if option == "images" else f"--{option}", **{**COMMON, **OPTIONS}[option])
         command.set_defaults(**defaults)
     args = parser.parse_args(argv)
     if args.device.startswith("cuda") and not torch.cuda.is_available():

@@ -234,18 +234,65 @@ class Probe(nn.Module):
         return {"joints 2D": 100 * found.float().mean().item(), "joints 3D": 100 * apart.mean().item()}
 
 
+# ------------------------------------------------------------------------------------------------------- pairs of views
+# A pair: image uint8 [2, 3, S, S], depth [2, S, S] metres along z (0: unknown), K [2, 3, 3] pixels (centres at integer + 0.5), pose
+# [2, 4, 4] camera to world. Camera frame: x right, y down, z forward.
+
+
+def room_pairs(start, count, size):
+    """`count` procedural rooms, each seen by both of its cameras, as one batch of pairs."""
+    views = [data.labelled_scenes("rooms", start, count, size, view=view) for view in (0, 1)]
+    return {k: torch.stack([view[k] for view in views], 1) for k in views[0]}
+
+
+def pair_geometry(pairs):
+    """What a batch of pairs knows: both views' points in view 1's frame [B, 2, S, S, 3], which of them are measured [B, 2, S, S] bool, where
+    view 2 sees view 1's pixels [B, S, S, 2], and which of these it does see [B, S, S] bool (before it, inside the image, not hidden)."""
+    depth, size = pairs["depth"], pairs["depth"].shape[-1]
+    centre = torch.arange(size, device=depth.device) + 0.5
+    rays = torch.stack([*torch.meshgrid(centre, centre, indexing="xy"), torch.ones(size, size, device=depth.device)], -1) @ pairs["K"].inverse().mT[:, :, None]
+    move = pairs["pose"][:, :1].inverse() @ pairs["pose"]
+    points = (rays * depth[..., None]) @ move[:, :, None, :3, :3].mT + move[:, :, None, None, :3, 3]
+    back = move[:, 1].inverse()[:, None]
+    there = points[:, 0] @ back[..., :3, :3].mT + back[:, :, None, :3, 3]
+    z = there[..., 2]
+    place = ((there @ pairs["K"][:, 1, None].mT)[..., :2] / z[..., None].clamp(min=1e-6)).nan_to_num(-1)
+    at = place.clamp(0, size - 1).long()
+    surface = depth[:, 1].flatten(1).gather(1, (at[..., 1] * size + at[..., 0]).flatten(1)).view_as(z)
+    seen = (depth[:, 0] > 0) & (surface > 0) & (z > 0) & ((place >= 0) & (place < size)).all(-1) & ((surface - z).abs() < 0.05 * z)
+    return points, depth > 0, place, seen
+
+
+def patch_pairs(pairs, grid):
+    """For the middle of each patch of view 1: the patch of view 2 that shows it, int64 [B, rows*cols], and whether one does, bool."""
+    (rows, cols), size = grid, pairs["depth"].shape[-1]
+    _, _, place, seen = pair_geometry(pairs)
+    middle = tuple(torch.arange(n) * size // n + size // (2 * n) for n in grid)
+    place, seen = (x[:, middle[0]][:, :, middle[1]] for x in (place, seen))
+    at = (place / size * torch.tensor([cols, rows])).long().clamp(min=0)
+    at = (at[..., 1].clamp(max=rows - 1) * cols + at[..., 0].clamp(max=cols - 1)).flatten(1)
+    return at, seen.flatten(1)
+
+
+def contrast(one, two, own, temperature=0.07):
+    """InfoNCE both ways, [B, n]: row i of one [B, n, D] belongs to row own[i] of two [B, m, D]; own int64 [B, n]."""
+    similar = F.normalize(one, dim=-1) @ F.normalize(two, dim=-1).mT / temperature
+    right = similar.gather(2, own[..., None])[..., 0]
+    return (similar.logsumexp(2) + similar.logsumexp(1).gather(1, own)) / 2 - right
+
+
 # ---------------------------------------------------------------------------------------------------- the tiny specialists
 # Stand-ins for the three teachers that differ as they do (class token and registers or not, RoPE or learned positions, patch 16
 # or 14), each trained on its own domain only, from labels. Written in the published layouts: everything after this is the same code.
 
 TINY = dict(image_size=112, embed_dim=192, depth=3, num_heads=3, layer_scale=None)
-SPECIALISTS = {  # teacher: (domain, shape, learning rate, passes over its scenes)
-    "dinov2": ("objects", dict(TINY, patch_size=14, registers=4, position="antialias"), 1e-3, 3),
-    "mast3r": ("rooms", dict(TINY, patch_size=16, registers=0, class_token=False, position="rope"), 1e-3, 2),
-    "multihmr": ("people", dict(TINY, patch_size=14, registers=0), 2e-3, 4),
+SPECIALISTS = {  # teacher: (domain, shape, learning rate, scenes, passes over them)
+    "dinov2": ("objects", dict(TINY, patch_size=14, registers=4, position="antialias"), 1e-3, 6000, 1),
+    "mast3r": ("rooms", dict(TINY, patch_size=16, registers=0, class_token=False, position="rope"), 1e-3, 4400, 1),
+    "multihmr": ("people", dict(TINY, patch_size=14, registers=0), 2e-3, 5000, 2),
 }
 TINY_GRID = (8, 8)
-TINY_SCENES = 6000
+MATCHING = 0.3  # weight of the matching loss beside that of depth and normals
 
 
 def published_layout(name, state):
@@ -259,7 +306,7 @@ def published_layout(name, state):
 
 def specialist_path(name):
     """Where the tiny specialist of a teacher lies once it is made: its name tells the recipe, so that a changed one is made anew."""
-    key = hashlib.sha1(repr((SPECIALISTS[name], TINY_SCENES)).encode()).hexdigest()[:8]
+    key = hashlib.sha1(repr((SPECIALISTS[name], MATCHING)).encode()).hexdigest()[:8]
     return os.path.join(data.cache_folder(), f"tiny-{name}-{key}.pth")
 
 
@@ -267,31 +314,40 @@ def prepare_specialists(names):
     """Train the tiny specialists that are not in the cache yet: about a minute each on two cores."""
     for name in names:
         if not os.path.exists(specialist_path(name)):
-            scenes = data.labelled_scenes(SPECIALISTS[name][0], 0, TINY_SCENES, TINY["image_size"])
+            (domain, _, _, count, _), size = SPECIALISTS[name], TINY["image_size"]
+            scenes = room_pairs(0, count // 2, size) if domain == "rooms" else data.labelled_scenes(domain, 0, count, size)
             make_specialist(name, scenes, specialist_path(name))
 
 
 def make_specialist(name, scenes, path, batch=16, seed=0):
-    """Train a tiny specialist on its own domain and write it to `path` in the published layout.
+    """Train a tiny specialist on its own domain, from labels, and write it to `path` in the published layout.
 
-    scenes: {label: tensor [n, ...]} of its domain with "image" uint8 [n, 3, S, S] and the labels that Probe reads.
+    scenes: {label: tensor [n, ...]} with "image" uint8 [n, 3, S, S] and the labels that Probe reads; of rooms pairs [n, 2, ...]: like
+    MASt3R itself the tiny one also learns to tell which patches of two views show the same place.
     """
-    domain, shape, lr, epochs = SPECIALISTS[name]
+    domain, shape, lr, _, epochs = SPECIALISTS[name]
     torch.manual_seed(seed)
     vit = ViT(**shape)
     teacher = FrozenTeacher(name, vit).train().requires_grad_(True)
     probe = Probe(domain, vit.embed_dim, TINY_GRID)
     params = [*vit.parameters(), *probe.parameters()]
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.03, betas=(0.9, 0.99), fused=True)
-    steps = epochs * len(scenes["image"]) // batch
+    pairs, count = domain == "rooms", len(scenes["image"])
+    batch = batch // 2 if pairs else batch
+    steps = epochs * count // batch
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.1)
-    order = torch.cat([torch.randperm(len(scenes["image"])) for _ in range(epochs)])
-    for rows in tqdm(order[:steps * batch].split(batch), f"tiny {name}: learns {domain}", unit_scale=batch, unit=" images", leave=False):
+    order = torch.cat([torch.randperm(count) for _ in range(epochs)])
+    for rows in tqdm(order[:steps * batch].split(batch), f"tiny {name}: learns {domain}", unit_scale=batch * (1 + pairs), unit=" images", leave=False):
         part = {k: v[rows] for k, v in scenes.items()}
-        targets = probe.targets(part)
+        single = {k: v.flatten(0, 1) for k, v in part.items()} if pairs else part
+        targets = probe.targets(single)
         with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16("cpu")):
-            out = probe(teacher.features(data.normalise(part["image"]), TINY_GRID), targets)
+            features = teacher.features(data.normalise(single["image"]), TINY_GRID)
+            out = probe(features, targets)
         loss = probe.loss({k: v.float() for k, v in out.items()}, targets)
+        if pairs:
+            own, seen = patch_pairs(part, TINY_GRID)
+            loss = loss + MATCHING * contrast(*features["patch"].float().unflatten(0, (-1, 2)).unbind(1), own)[seen].mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(params, 1.0)

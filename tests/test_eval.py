@@ -194,7 +194,7 @@ def test_match_command_on_one_pair_and_on_a_list(tmp_path, teacher):
 
 def test_two_rooms_match_themselves():
     room = {k: v[0] for k, v in data.labelled_scenes("rooms", 3, 1, 64).items()}
-    error = ev.two_view(pixels(8), room, room, 1)[3]
+    error = ev.room_matches(pixels(8), room, room, 1)[3]
     assert (error[~error.isnan()] < 1e-5).all() and (~error.isnan()).sum() > 40
 
 

@@ -25,7 +25,7 @@ def test_objects_show_every_kind_within_its_limits():
         step, seam = np.abs(np.diff(s["image"].astype(float), axis=1)).sum(-1), s["mask"][:, 1:] != s["mask"][:, :-1]
         ratios.append(step[seam].mean() / step[~seam].mean())
         rows, cols = np.nonzero(s["mask"])
-        assert 0.2 * 112 < max(np.ptp(rows), np.ptp(cols)) + 1 <= 0.72 * 112 and s["mask"].mean() < 0.4
+        assert 0.2 * 112 < max(np.ptp(rows), np.ptp(cols)) + 1 <= 0.86 * 112 and s["mask"].mean() < 0.56
     assert np.mean(ratios) > 4, np.mean(ratios)  # the mask ends where the thing does
 
 @pytest.mark.parametrize("seed", range(5))
