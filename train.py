@@ -182,6 +182,9 @@ class Processes:
             dist.init_process_group("nccl" if cuda else "gloo", store=fresh_store(self.rank), rank=self.rank, world_size=self.world,
                                     timeout=timedelta(hours=1))
             self.hosts = dist.new_group(backend="gloo") if self.world > 1 else None
+
+    def listen(self):
+        """From here on SIGTERM and SIGUSR1 end the run after its step. Before, there is nothing to save: they end the process at once."""
         for name in ("SIGTERM", "SIGUSR1"):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), self.catch)
@@ -661,6 +664,7 @@ def main(argv=None):
 
     probe = Probe(device)
     dune.quiet = False  # from here on an error may be this process's alone
+    processes.listen()
 
     # ---- the loop
     for step in range(start, args.steps):
