@@ -148,8 +148,8 @@ def fresh_store(rank):
             store.set("team", " ".join(store.get(f"name/{r}").decode() for r in range(world)))
         team = store.get("team").decode().split()
         if name in team:
-            store.set(f"here/{name}", "yes")
-            if rank or store.check([f"here/{other}" for other in team]):
+            store.set(f"{team[0]} has met {name}", "yes")  # an earlier start has met others: its first one had another name
+            if rank or store.check([f"{team[0]} has met {other}" for other in team]):
                 return dist.PrefixStore(team[0], store)
         time.sleep(0.05)
 

@@ -2,6 +2,7 @@
 import sys
 import numpy as np
 import pytest
+import data
 from data import JOINTS, KINDS, SCENES, objects, people, rooms
 
 def halve(a):
@@ -72,3 +73,14 @@ def test_people_are_drawn_where_their_joints_are(monkeypatch):
         drawn = (s["image"] != people(seed)["image"]).any(-1)  # against the empty stage
         at = np.floor(s["joints2d"][((s["joints2d"] > 0) & (s["joints2d"] < 1)).all(-1)] * 112).astype(int)
         assert drawn[at[:, 1], at[:, 0]].mean() > 0.95 and drawn.mean() < 0.6
+
+
+def test_a_small_source_is_drawn_once_and_stays_what_it_was():
+    source, fresh = (data.Scenes("scenes:people:7-80") for _ in range(2))
+    source.keep(56)
+    assert source.kept.shape == (73, 56, 56, 3)
+    for i, size in ((0, 56), (72, 56), (5, 84)):  # another size is drawn as ever
+        assert np.array_equal(source.read(i, size)[0], fresh.read(i, size)[0])
+    endless = data.Scenes("scenes:people")
+    endless.keep(56)
+    assert endless.kept is None

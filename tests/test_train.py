@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -119,6 +120,27 @@ def test_sigterm_ends_all_processes_with_a_checkpoint_and_exit_code_0(weights, t
     text, _ = run.communicate(timeout=60)
     assert run.returncode == 0 and "the same command continues" in text, text[-3000:]
     assert dune.read_checkpoint(tmp_path / "checkpoint.pt")["step"] == log_of(tmp_path)[-1]["step"]
+
+
+def test_processes_meet_in_a_store_that_remembers_dead_ones(monkeypatch):
+    """Each start of two processes meets by itself, whoever comes first, whatever earlier starts have left."""
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(train.dist, "rendezvous", lambda url: iter([(store, None, 2)]))
+    for start, late in enumerate((0, 1, 1, 0)):
+        met = {}
+
+        def meet(rank):
+            time.sleep(0.2 * (rank == late))
+            met[rank] = train.fresh_store(rank)
+        threads = [threading.Thread(target=meet, args=(rank,), daemon=True) for rank in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        assert set(met) == {0, 1}, f"start {start}: only {list(met)} came through"
+        assert not met[0].check(["address"])  # what the last start wrote
+        met[0].set("address", str(start))
+        assert met[1].get("address") == str(start).encode()
 
 
 def test_killed_workers_are_started_again_and_the_run_is_the_undisturbed_one(weights, tmp_path):
