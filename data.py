@@ -6,8 +6,9 @@
 The file follows an image on its way: an index finds it, `parse_data` gives it to teachers, `Order` decides when it is drawn, `decode`
 and `crop_resize` make it uint8 in a worker process, `batches` hands out balanced batches, `augment` colours them on the device.
 """
-import argparse, array, collections, contextlib, functools, hashlib, io, itertools, math, multiprocessing, os, random, re, signal, stat
-import sys, tarfile, tempfile, threading, time, warnings
+import argparse, array, collections, contextlib, functools, hashlib, io, itertools, math, multiprocessing, operator, os, random, re
+import signal, stat, sys, tarfile, tempfile, threading, time, warnings
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 
@@ -257,11 +258,12 @@ class Scenes:
     def keep(self, size):
         """Draw a source of at most 128 MB once and for all, by all cores, before the worker processes start, which then share it."""
         if 3 * self.count * size**2 <= 128e6 and (self.kept is None or self.kept.shape[1] != size):
-            self.kept = np.stack(draw_scenes(self.kind, self.start, self.count, size, lambda scene: scene["image"]))
+            self.kept = np.stack(draw_scenes(self.kind, self.start, self.count, size, operator.itemgetter("image")))
 
     def read(self, i, size=0, crop=None):
         size = size or 224
-        image = Image.fromarray(self.kept[i] if self.kept is not None and size == self.kept.shape[1] else SCENES[self.kind](self.start + i, size)["image"])
+        kept = self.kept is not None and self.kept.shape[1] == size
+        image = Image.fromarray(self.kept[i] if kept else SCENES[self.kind](self.start + i, size)["image"])
         return image, crop(*image.size) if crop else (0, 0, *image.size)
 
 
@@ -303,14 +305,20 @@ def read_lines(spec):
     return [spec] if listing else lines
 
 
+def domain_of(teacher):
+    """Which procedural scenes stand for a teacher's data."""
+    return {"mast3r": "rooms", "multihmr": "people"}.get(teacher, "objects")
+
+
 def parse_data(specs, teachers, scenes=""):
     """The groups that `--data` describes: `teacher=source,source…`, sources for all teachers, or a text file with such lines.
 
-    specs: list of str; empty: each teacher learns from procedural scenes (scenes: ":START-STOP", their seeds). Returns [Group]; opens (and if need be builds) every index.
+    specs: list of str; empty: each teacher learns from procedural scenes (scenes: ":START-STOP", their seeds). Returns [Group]; opens (and
+    if need be builds) every index.
     Oops if a source is missing, empty or broken, or if the teachers in `specs` and `teachers` are not the same.
     """
     if not specs:
-        kind = {t: {"mast3r": "rooms", "multihmr": "people"}.get(t, "objects") for t in teachers}
+        kind = {t: domain_of(t) for t in teachers}
         return [Group(k, [Scenes(f"scenes:{k}{scenes}")], tuple(t for t in teachers if kind[t] == k)) for k in dict.fromkeys(kind.values())]
     wanted = collections.defaultdict(list)
     for line in itertools.chain.from_iterable(map(read_lines, specs)):
@@ -656,7 +664,8 @@ def batches(groups, image_size, batch, seed=0, rank=0, world=1, start_step=0, wo
 def stream(steps, step, workers):
     """The batches of `batches`, made by worker processes; begins anew where it was if one of them is killed."""
     reads, bad, deaths = collections.Counter(), collections.Counter(), 0
-    options = dict(num_workers=workers, multiprocessing_context="fork", worker_init_fn=start_worker) if workers else {}
+    fork = workers and "fork" in multiprocessing.get_all_start_methods()  # Windows has none: there the main process reads
+    options = dict(num_workers=workers, multiprocessing_context="fork", worker_init_fn=start_worker) if fork else {}
     while True:
         handler = signal.getsignal(signal.SIGCHLD)
         items = iter(DataLoader(steps, None, sampler=itertools.count(step), pin_memory=torch.cuda.is_available(), **options))
@@ -1241,34 +1250,36 @@ SCENES = {"objects": objects, "rooms": rooms, "people": people}
 TEST_SCENES = 10 ** 9                                                  # seeds from here on are never trained on
 
 
+def cores():
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def draw_part(kind, size, options, pick, seeds):
+    return [pick(SCENES[kind](seed, size, **options)) for seed in seeds]
+
+
 def draw_scenes(kind, start, count, size, pick, **options):
     """[pick(scene)] of `count` scenes, drawn by all cores."""
-    def draw(seeds):
-        return [pick(SCENES[kind](seed, size, **options)) for seed in seeds]
+    draw = functools.partial(draw_part, kind, size, options, pick)
     parts = [range(first, min(first + 16, start + count)) for first in range(start, start + count, 16)]
-    if count < 64:
-        return [scene for part in parts for scene in draw(part)]
-    global _draw                                                       # a forked process finds it there; it could not be sent to it
-    _draw = draw
-    pool = multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0)), start_worker, (0,))
-    scenes = [scene for part in pool.imap(_drawn, parts) for scene in part]
-    pool.close()                                                       # and not terminate(): that sends a SIGTERM, which train.py catches
-    pool.join()
-    return scenes
+    if count < 64 or "fork" not in multiprocessing.get_all_start_methods():
+        return [scene for part in map(draw, parts) for scene in part]
+    with ProcessPoolExecutor(cores(), multiprocessing.get_context("fork"), start_worker, (0,)) as pool:
+        return [scene for part in pool.map(draw, parts) for scene in part]
 
 
-def _drawn(seeds):
-    return _draw(seeds)
+def pad_figures(scene):
+    """People: one to three figures, room for three."""
+    for key in {"joints2d", "joints3d", "visible"} & set(scene):
+        scene[key] = np.concatenate([scene[key], np.zeros((3 - len(scene[key]), *scene[key].shape[1:]), scene[key].dtype)])
+    return scene
 
 
 def labelled_scenes(kind, start, count, size=112, **options):
     """`count` scenes with their labels, as tensors [count, ...]: "image" uint8 [count,3,size,size] and what SCENES[kind] gives (people: up
     to three figures, "visible" false where there is none). Drawn by all cores; options: view=1 for rooms."""
-    def pad(scene):
-        for key in {"joints2d", "joints3d", "visible"} & set(scene):   # one to three figures: room for three
-            scene[key] = np.concatenate([scene[key], np.zeros((3 - len(scene[key]), *scene[key].shape[1:]), scene[key].dtype)])
-        return scene
-    scenes = draw_scenes(kind, start, count, size, pad, **options)
+    scenes = draw_scenes(kind, start, count, size, pad_figures, **options)
     out = {key: torch.from_numpy(np.stack([scene[key] for scene in scenes])) for key in scenes[0]}
     out["image"] = out["image"].permute(0, 3, 1, 2).contiguous()
     return out

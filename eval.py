@@ -716,12 +716,6 @@ def command_depth(args):
 
 # ---------------------------------------------------------------------------------------------------------------- matching
 
-def centres(rows, cols):
-    """[rows * cols, 2]: the middle of each cell of a grid as (x, y) fractions of the sides."""
-    y, x = torch.meshgrid((torch.arange(rows) + 0.5) / rows, (torch.arange(cols) + 0.5) / cols, indexing="ij")
-    return torch.stack([x, y], -1).flatten(0, 1)
-
-
 def nearest(a, b):
     """For each row of a [n, D]: the largest dot product with a row of b [m, D], and which row that is. In parts: the whole matrix may be large."""
     best = [(part @ b.T).max(1) for part in a.split(max(1, 2**26 // len(b)))]
@@ -737,7 +731,7 @@ def match(reader, images, upsample=1):
         x = reader(image[None])["patch"].transpose(1, 2).unflatten(2, (rows, cols))
         x = F.interpolate(x, scale_factor=upsample, mode="bilinear") if upsample > 1 else x
         flat.append(F.normalize(x[0].flatten(1).T, dim=-1))
-        places.append(centres(*x.shape[-2:]))
+        places.append(zoo.centres(*x.shape[-2:]))
 
     (similarity, ab), (_, ba) = ([x.cpu() for x in nearest(*pair)] for pair in (flat, flat[::-1]))
     mutual = (ba[ab] == torch.arange(len(ab))).nonzero()[:, 0]
@@ -784,7 +778,7 @@ def match_errors(reader, images, sizes, truth, upsample):
     a, b, similarity = match(reader, images, upsample)
     if not truth:
         return a, b, similarity, torch.full((len(a),), math.nan), 0
-    everywhere = centres(*(upsample * (side // reader.patch_size) for side in images[0].shape[1:]))
+    everywhere = zoo.centres(*(upsample * (side // reader.patch_size) for side in images[0].shape[1:]))
     goal, known = warp(a, sizes, truth)
     gap = ((b.double() - goal) * torch.tensor(sizes[1], dtype=torch.float64)).norm(dim=1) / max(sizes[1])
     return a, b, similarity, torch.where(known, gap, math.nan).float(), int(warp(everywhere, sizes, truth)[1].sum())
@@ -912,8 +906,8 @@ def study_scenes(seed, size, grid, train, test, pairs):
         probe = zoo.Probe(domain, 1, grid)
         chunks = [probe.targets({k: v[i:i + CHUNK] for k, v in known.items()}) for i in range(0, train, CHUNK)]
         scenes[domain] = known, chunks, new, probe.targets(new)
-    views = [data.labelled_scenes("rooms", data.TEST_SCENES + 2 * 10**8 + 10**6 * seed, pairs, size, view=v) for v in (0, 1)]
-    scenes["pairs"] = [({k: v[i] for k, v in views[0].items()}, {k: v[i] for k, v in views[1].items()}) for i in range(pairs)]
+    views = zoo.room_pairs(data.TEST_SCENES + 2 * 10**8 + 10**6 * seed, pairs, size)
+    scenes["pairs"] = [tuple({k: v[i, j] for k, v in views.items()} for j in (0, 1)) for i in range(pairs)]
     return scenes
 
 
@@ -980,7 +974,6 @@ def command_study(args):
     model, teachers, size = subject(args)
     patch = (model.encoder if model else next(iter(teachers.values()))).patch_size
     readers, grid = [teacher_reader(t, teacher, patch) for t, teacher in teachers.items()], (size // patch,) * 2
-    domains = {t: {"mast3r": "rooms", "multihmr": "people"}.get(t, "objects") for t in teachers}  # as data.parse_data gives them out
     if model:
         torch.manual_seed(args.seed)
         blank = random_encoder(model.encoder).to(args.device)
@@ -1001,7 +994,7 @@ def command_study(args):
     table({r: {"M params": sizes[r] / 1e6, **row} for r, row in head(mean).items()}, "", head(spread) if args.seeds > 1 else None)
     ratios = {}
     for c, column in COLUMNS.items() if model else ():
-        own = next((t for t in teachers if domains[t] == column.domain), None)
+        own = next((t for t in teachers if data.domain_of(t) == column.domain), None)
         if own in model.projectors:
             best = max((column.ratio(mean[t][c], mean[own][c]) for t in teachers if t != own), default=0)
             for r in ("encoder", f"through {own}"):
@@ -1075,7 +1068,7 @@ def command_ablate(args):
             if scenes is None:
                 scenes = study_scenes(0, size, grid, train=540, test=240, pairs=20)
                 own = {t: study_row(teacher_reader(t, x, patch), scenes, grid, 0, 200) for t, x in teachers.items()}
-                owner = {c: own[{"rooms": "mast3r", "people": "multihmr"}.get(column.domain, "dinov2")][c] for c, column in COLUMNS.items()}
+                owner = {c: own[next(t for t in teachers if data.domain_of(t) == column.domain)][c] for c, column in COLUMNS.items()}
                 held = held_out([], data.parse_data([], list(teachers)), list(teachers), size)["image"]
             losses = {t: parts["loss"] for t, parts in held_out_losses(model, teachers, held, grid).items()}
             probes = study_row(student_readers(model, ["encoder"])[0], scenes, grid, 0, 200)
@@ -1186,7 +1179,7 @@ def command_alignment(args):
 
 def pixel_grid(height, width, device="cpu"):
     """[height * width, 2]: the centres of the pixels."""
-    return (centres(height, width) * torch.tensor([width, height])).to(device)
+    return (zoo.centres(height, width) * torch.tensor([width, height])).to(device)
 
 
 def estimate_focal(points, weight):
@@ -1461,8 +1454,7 @@ def two_view_study(args):
         if name == "student":
             picture = two_view_picture(output(args, ".png"), shown, reconstruct(trained, *shown, stride=4))
             path = output(args, ".pt")
-            torch.save({"model": {re.sub(r"^encoder\.", "dune_backbone.", k) if k.startswith("encoder.") else k if k.startswith("norm.") else f"mast3r.{k}": v
-                                  for k, v in trained.state_dict().items()}}, path + ".part")
+            torch.save(zoo.two_view_layout(trained), path + ".part")
             os.replace(path + ".part", path)
     print(f"a two-view decoder on each frozen encoder, {args.steps} steps, judged on {len(unseen)} pairs of {'images' if args.data else 'rooms'} not seen")
     report(args, size, rows, f"{picture}, {path} (the student with its decoder: eval.py two-view A B --weights {path})")

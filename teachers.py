@@ -151,6 +151,12 @@ def load_teacher(name, weights=None, device="cpu", dtype=torch.float32):
 # with an encoder that learns along it makes a tiny specialist.
 
 
+def centres(rows, cols):
+    """[rows * cols, 2]: the middle of each cell of a grid as (x, y) fractions of the sides."""
+    y, x = torch.meshgrid((torch.arange(rows) + 0.5) / rows, (torch.arange(cols) + 0.5) / cols, indexing="ij")
+    return torch.stack([x, y], -1).flatten(0, 1)
+
+
 class Probe(nn.Module):
     """Linear heads for one domain of procedural scenes, on the features {"cls": [B, D] or None, "patch": [B, rows*cols, D]}.
 
@@ -178,18 +184,18 @@ class Probe(nn.Module):
         joints, size = scenes["joints2d"], torch.tensor([cols, rows])
         inside = scenes["visible"][..., None] & ((joints >= 0) & (joints < 1)).all(-1)  # [n, figures, joints]
         metres = scenes["joints3d"] - scenes["joints3d"][:, :, 2:3]
-        centres = (torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")[::-1], -1).flatten(0, 1) + 0.5) / size
+        middle = centres(rows, cols)
         # For every patch and kind of joint the nearest one: a soft spot around it (1 at it, 0.6 a patch away), its place in 2D and 3D
         near, place, xyz = (torch.zeros(len(inside), rows * cols, len(JOINTS), n) for n in (1, 2, 3))
         for figure in range(inside.shape[1]):
-            gap = (joints[:, figure, None] - centres[:, None]) * size
+            gap = (joints[:, figure, None] - middle[:, None]) * size
             spot = (torch.exp(-gap.square().sum(-1) / 2) * inside[:, figure, None])[..., None]
             place = torch.where(spot > near, joints[:, figure, None], place)
             xyz = torch.where(spot > near, metres[:, figure, None], xyz)
             near = torch.maximum(near, spot)
         image, figure, joint = inside.nonzero(as_tuple=True)
         cell = (joints[image, figure, joint] * size).long()
-        return {"near": near[..., 0], "place": place, "xyz": xyz, "centres": centres, "truth": joints[image, figure, joint],
+        return {"near": near[..., 0], "place": place, "xyz": xyz, "centres": middle, "truth": joints[image, figure, joint],
                 "metres": metres[image, figure, joint], "at": torch.stack([image, cell[:, 1] * cols + cell[:, 0], joint])}
 
     def forward(self, features, targets):
@@ -249,8 +255,8 @@ def pair_geometry(pairs):
     """What a batch of pairs knows: both views' points in view 1's frame [B, 2, S, S, 3], which of them are measured [B, 2, S, S] bool, where
     view 2 sees view 1's pixels [B, S, S, 2], and which of these it does see [B, S, S] bool (before it, inside the image, not hidden)."""
     depth, size = pairs["depth"], pairs["depth"].shape[-1]
-    centre = torch.arange(size, device=depth.device) + 0.5
-    rays = torch.stack([*torch.meshgrid(centre, centre, indexing="xy"), torch.ones(size, size, device=depth.device)], -1) @ pairs["K"].inverse().mT[:, :, None]
+    pixels = F.pad(centres(size, size) * size, (0, 1), value=1.0).view(size, size, 3).to(depth.device)
+    rays = pixels @ pairs["K"].inverse().mT[:, :, None]
     move = pairs["pose"][:, :1].inverse() @ pairs["pose"]
     points = (rays * depth[..., None]) @ move[:, :, None, :3, :3].mT + move[:, :, None, None, :3, 3]
     back = move[:, 1].inverse()[:, None]
@@ -533,6 +539,12 @@ def parse_call(text):
     except (SyntaxError, ValueError):
         pass
     raise ValueError(f"not a constructor call: {text[:80]}")
+
+
+def two_view_layout(model):
+    """The state dict of a TwoView on a DUNE encoder as the published files lay it out, with the encoder in it."""
+    rename = lambda k: k.replace("encoder.", "dune_backbone.", 1) if k.startswith("encoder.") else k if k.startswith("norm.") else f"mast3r.{k}"
+    return {"model": {rename(k): v for k, v in model.state_dict().items()}}
 
 
 def load_two_view(weights=None, device="cpu", encoder=None):

@@ -168,7 +168,7 @@ class Processes:
         if cuda and self.world > 1 and not dist.is_nccl_available():
             raise Oops("this torch has no NCCL, which several GPUs need; use one process, or --device cpu")
         self.device = torch.device("cuda", self.local) if cuda else torch.device("cpu")
-        self.cores = max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) / here
+        self.cores = data.cores() / here
         self.stopping = None
         self.signalled = 0
         if cuda:
