@@ -256,8 +256,8 @@ class Scenes:
         return f"scenes:{self.kind}:{self.start + i}"
 
     def keep(self, size):
-        """Draw a source of at most 128 MB once and for all, by all cores, before the worker processes start, which then share it."""
-        if 3 * self.count * size**2 <= 128e6 and (self.kept is None or self.kept.shape[1] != size):
+        """Draw a source of at most 192 MB once and for all, by all cores, before the worker processes start, which then share it."""
+        if 3 * self.count * size**2 <= 192e6 and (self.kept is None or self.kept.shape[1] != size):
             self.kept = np.stack(draw_scenes(self.kind, self.start, self.count, size, operator.itemgetter("image")))
 
     def read(self, i, size=0, crop=None):

@@ -345,9 +345,14 @@ def write_json(path, content):
     return path
 
 
-def report(args, size, rows, picture=None, **more):
-    """The end of a command on real data: the table, the JSON file, what was written."""
-    table(rows, f"{args.command}, {size} px")
+def mean_and_spread(values):
+    """{row: [{column: value} of each seed]} -> {row: {column: mean}}, {row: {column: standard deviation}}."""
+    return [{r: {c: float(f([row[c] for row in rows])) for c in rows[0]} for r, rows in values.items()} for f in (np.mean, np.std)]
+
+
+def report(args, size, rows, picture=None, spread=None, **more):
+    """The end of a command: the table, the JSON file, what was written."""
+    table(rows, f"{args.command}, {size} px", spread)
     path = write_json(output(args, ".json"), {"command": args.command, "image_size": size, "results": rows, **more})
     print(f"wrote {path}{f', {picture}' if picture else ''}")
 
@@ -794,8 +799,8 @@ def correct(error, findable, shares=(0.01, 0.03, 0.05)):
 
 def read_pairs(args):
     """[(path a, path b, truth)] of --pair A B [WORD=FILE …], or of --pairs, a file with such lines. Paths in it are relative to it."""
-    if bool(args.pair) == bool(args.pairs):
-        raise Oops("eval.py match wants --pair A B [homography=FILE | disparity=FILE | depth=FILE camera=FILE [depth_b=FILE]], or --pairs LIST with such lines")
+    if args.pair and args.pairs:
+        raise Oops("eval.py match takes --pair A B [homography=FILE | disparity=FILE | depth=FILE camera=FILE [depth_b=FILE]], or --pairs LIST with such lines, not both")
     lines, home = [args.pair], ""
     if args.pairs:
         if not os.path.isfile(args.pairs):
@@ -848,19 +853,23 @@ def draw_matches(a, b, places_a, places_b, error, path, below=()):
 
 
 def command_match(args):
-    """Pairs of images: mutual nearest neighbours of patch features, correct within 1, 3, 5 % of the side; a picture. One pair is enough."""
-    pairs = read_pairs(args)
+    """Pairs of images: mutual nearest neighbours of patch features, correct within 1, 3, 5 % of the side; a picture. One pair is enough;
+    without any: the two views of procedural rooms."""
+    pairs = read_pairs(args) if args.pair or args.pairs else None
     readers, size = readers_of(args)
+    if pairs is None:
+        print("no --pair: matching the two views of procedural rooms")
+        pairs = [(a["image"], b["image"], room_truth(a, b)) for a, b in room_views(data.TEST_SCENES, STUDY["pairs"], size)]
     rows, picture = {}, None
     for reader in readers:
         for name, upsample in ((reader.name, 1), (f"{reader.name}, {args.upsample}x finer", args.upsample)):
             errors, count, findable = [], 0, 0
-            for i, (path_a, path_b, truth) in enumerate(tqdm(pairs, f"match, {name}", leave=False)):
-                a, b = data.load_image(path_a), data.load_image(path_b)
+            for i, (one, two, truth) in enumerate(tqdm(pairs, f"match, {name}", leave=False)):
+                a, b = (Image.fromarray(x.permute(1, 2, 0).numpy()) if torch.is_tensor(x) else data.load_image(x) for x in (one, two))
                 found = match_errors(reader, [data.fit_image(x, size, reader.patch_size) for x in (a, b)], (a.size, b.size), truth, upsample)
                 errors.append(found[3])
                 count, findable = count + len(found[0]), findable + found[4]
-                if not i and picture is None:
+                if not i and upsample == args.upsample and picture is None:
                     best = found[2].argsort(descending=True)
                     shown = best[torch.linspace(0, len(best) - 1, min(60, len(best))).long()]
                     looks = [np.asarray(x.resize([round(s * 480 / max(x.size)) for s in x.size])) for x in (a, b)]
@@ -906,8 +915,7 @@ def study_scenes(seed, size, grid, train, test, pairs):
         probe = zoo.Probe(domain, 1, grid)
         chunks = [probe.targets({k: v[i:i + CHUNK] for k, v in known.items()}) for i in range(0, train, CHUNK)]
         scenes[domain] = known, chunks, new, probe.targets(new)
-    views = zoo.room_pairs(data.TEST_SCENES + 2 * 10**8 + 10**6 * seed, pairs, size)
-    scenes["pairs"] = [tuple({k: v[i, j] for k, v in views.items()} for j in (0, 1)) for i in range(pairs)]
+    scenes["pairs"] = room_views(data.TEST_SCENES + 2 * 10**8 + 10**6 * seed, pairs, size)
     return scenes
 
 
@@ -932,7 +940,7 @@ def study_row(reader, scenes, grid, seed, steps=0):
         torch.manual_seed(seed)
         probe = zoo.Probe(domain, x["patch"].shape[-1], grid)
         parts = [{k: v[i:i + CHUNK] for k, v in x.items()} for i in range(0, len(x["cls"]), CHUNK)]
-        fit(probe, lambda step: probe.loss(probe(parts[step % len(parts)], chunks[step % len(parts)]), chunks[step % len(parts)]), steps, 3e-2)
+        fit(probe, lambda step: probe.loss(probe(parts[step % len(parts)], chunks[step % len(parts)]), chunks[step % len(parts)]), steps, 1e-1)
         with torch.no_grad():
             row.update(probe.metrics(probe(y, truth), truth))
         if domain == "rooms":
@@ -957,11 +965,21 @@ def with_descriptor(reader, pairs, own, seen, mean, std, steps):
     return replace(reader, function=read)
 
 
+def room_views(start, count, size):
+    """[(view, view)] of procedural rooms, each {label: tensor}; see data.labelled_scenes."""
+    views = zoo.room_pairs(start, count, size)
+    return [tuple({k: v[i, j] for k, v in views.items()} for j in (0, 1)) for i in range(count)]
+
+
+def room_truth(a, b):
+    """What is known of two views of a room, as match_errors wants it."""
+    return {"depth": a["depth"], "depth_b": b["depth"], "camera": (a["K"], b["K"], b["pose"].double().inverse() @ a["pose"].double())}
+
+
 def room_matches(reader, a, b, upsample):
     """match_errors() of the two views of a room."""
-    truth = {"depth": a["depth"], "depth_b": b["depth"], "camera": (a["K"], b["K"], b["pose"].double().inverse() @ a["pose"].double())}
     size = (a["image"].shape[-1],) * 2
-    return match_errors(reader, (a["image"], b["image"]), (size, size), truth, upsample)
+    return match_errors(reader, (a["image"], b["image"]), (size, size), room_truth(a, b), upsample)
 
 
 def random_encoder(like):
@@ -987,7 +1005,7 @@ def command_study(args):
             values[reader.name].append(study_row(reader, scenes, grid, seed))
             bar.update()
     bar.close()
-    mean, spread = ({r: {c: float(f([row[c] for row in rows])) for c in COLUMNS} for r, rows in values.items()} for f in (np.mean, np.std))
+    mean, spread = mean_and_spread(values)
     head = lambda rows: {r: {COLUMNS[c].heading: v for c, v in row.items()} for r, row in rows.items()}
     sizes = {reader.name: reader.parameters for reader in readers}
     print(f"linear probes on frozen features, {args.seeds} seeds (mean ± spread); 3 domains: objects, rooms, people")
@@ -1374,10 +1392,10 @@ def two_view_loss(views, geometry, matching=0.075, samples=512):
     return loss + matching * ((nce + trusted) * counts).sum() / counts.sum().clamp(min=1)
 
 
-TINY_DECODER = dict(dim=64, depth=2, maps=(16, 16, 24, 32), features=16, last=16, hidden=128)  # for encoders narrower than ViT-S
+TINY_DECODER = dict(dim=64, depth=2, maps=(16, 16, 24, 32), features=16, last=16, hidden=128, descriptor=8)  # for encoders narrower than ViT-S
 
 
-def train_two_view(encoder, pairs, name, size, steps, batch=8, lr=2e-3, device="cpu", seed=0):
+def train_two_view(encoder, pairs, name, size, steps, batch=8, device="cpu", seed=0):
     """A TwoView on a frozen encoder whose decoder has learned from `pairs` (a sequence or dataset); narrow encoders get a tiny one."""
     torch.manual_seed(seed)
     tiny = encoder.embed_dim < 384
@@ -1389,8 +1407,10 @@ def train_two_view(encoder, pairs, name, size, steps, batch=8, lr=2e-3, device="
         weight = local.weight.data.view(-1, model.patch**2, local.in_features)
         weight.copy_(weight[:, :1])  # and the pixels of a patch with one descriptor: places are learned sooner than differences within them
         nn.init.zeros_(local.bias)
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.05, betas=(0.9, 0.95), fused=True)
+    params, lr = [p for p in model.parameters() if p.requires_grad], 6e-3 if tiny else 1e-4
+    groups = [{"params": [p for p in params if p.ndim > 1], "weight_decay": 0.3 if tiny else 0.05},  # tiny: for the tens of pairs it learns from
+              {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.1)
     workers = 0 if isinstance(pairs, list) else min(8, os.cpu_count())
     order = torch.utils.data.RandomSampler(pairs, replacement=True, num_samples=steps * batch)
@@ -1429,7 +1449,7 @@ def judge_two_view(model, pairs):
     return dict(zip(names, [*table[:, :3].nanmean(0).tolist(), *table[:, 3:].median(0).values.tolist()]))
 
 
-ROOM_PAIRS = 60  # few: from thousands such a small decoder also learns on a random encoder, and the encoders can no longer be told apart
+ROOM_PAIRS, UNSEEN_PAIRS = 40, 64  # few to learn from: from thousands such a small decoder learns as much on a random encoder
 
 
 def two_view_study(args):
@@ -1444,20 +1464,22 @@ def two_view_study(args):
         pairs, unseen = (torch.utils.data.Subset(pairs, r) for r in (range(len(pairs) - held), range(len(pairs) - held, len(pairs))))
     else:
         pairs, unseen = ([{k: v[i] for k, v in batch.items()} for i in range(len(batch["image"]))]
-                         for batch in (zoo.room_pairs(ROOM_SEEDS, ROOM_PAIRS, size), zoo.room_pairs(data.TEST_SCENES, 48, size)))
+                         for batch in (zoo.room_pairs(ROOM_SEEDS, ROOM_PAIRS, size), zoo.room_pairs(data.TEST_SCENES, UNSEEN_PAIRS, size)))
     torch.manual_seed(args.seed)
     blank = random_encoder(model.encoder).to(args.device)
-    rows, shown = {}, unseen[0]["image"]
+    values, shown = {}, unseen[0]["image"]
     for name, encoder in {"student": model.encoder, **{f"teacher {t}": x.vit for t, x in teachers.items()}, "random encoder": blank}.items():
-        trained = train_two_view(encoder, pairs, name, size, args.steps, device=args.device, seed=args.seed)
-        rows[name] = judge_two_view(trained, unseen)
-        if name == "student":
-            picture = two_view_picture(output(args, ".png"), shown, reconstruct(trained, *shown, stride=4))
-            path = output(args, ".pt")
-            torch.save(zoo.two_view_layout(trained), path + ".part")
-            os.replace(path + ".part", path)
-    print(f"a two-view decoder on each frozen encoder, {args.steps} steps, judged on {len(unseen)} pairs of {'images' if args.data else 'rooms'} not seen")
-    report(args, size, rows, f"{picture}, {path} (the student with its decoder: eval.py two-view A B --weights {path})")
+        for seed in range(args.seed, args.seed + args.seeds):
+            trained = train_two_view(encoder, pairs, name, size, args.steps, device=args.device, seed=seed)
+            values.setdefault(name, []).append(judge_two_view(trained, unseen))
+            if name == "student" and seed == args.seed:
+                picture = two_view_picture(output(args, ".png"), shown, reconstruct(trained, *shown, stride=4))
+                path = output(args, ".pt")
+                torch.save(zoo.two_view_layout(trained), path + ".part")
+                os.replace(path + ".part", path)
+    mean, spread = mean_and_spread(values)
+    print(f"a two-view decoder on each frozen encoder, {len(pairs)} pairs, {args.steps} steps, judged on {len(unseen)} pairs of {'images' if args.data else 'rooms'} not seen")
+    report(args, size, mean, f"{picture}, {path} (the student with its decoder: eval.py two-view A B --weights {path})", spread if args.seeds > 1 else None, values=values)
 
 
 def command_two_view(args):
@@ -1530,7 +1552,7 @@ COMMANDS = {  # name: (function, its own options, its own defaults)
     "seg": (command_seg, "train test through steps sliding classes ignore", {}),
     "depth": (command_depth, "train test through steps sliding depth-scale max-depth", {}),
     "match": (command_match, "pair pairs through upsample depth-scale", {}),
-    "two-view": (command_two_view, "images data steps", dict(steps=150)),
+    "two-view": (command_two_view, "images data steps seeds", dict(steps=300, seeds=1)),
 }
 
 

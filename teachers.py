@@ -294,8 +294,8 @@ def contrast(one, two, own, temperature=0.07):
 TINY = dict(image_size=112, embed_dim=192, depth=3, num_heads=3, layer_scale=None)
 SPECIALISTS = {  # teacher: (domain, shape, learning rate, scenes, passes over them)
     "dinov2": ("objects", dict(TINY, patch_size=14, registers=4, position="antialias"), 1e-3, 6000, 1),
-    "mast3r": ("rooms", dict(TINY, patch_size=16, registers=0, class_token=False, position="rope"), 1e-3, 4400, 1),
-    "multihmr": ("people", dict(TINY, patch_size=14, registers=0), 2e-3, 5000, 2),
+    "mast3r": ("rooms", dict(TINY, patch_size=16, registers=0, class_token=False, position="rope"), 1e-3, 3200, 1),
+    "multihmr": ("people", dict(TINY, patch_size=14, registers=0), 2e-3, 4400, 2),
 }
 TINY_GRID = (8, 8)
 MATCHING = 0.3  # weight of the matching loss beside that of depth and normals

@@ -192,6 +192,13 @@ def test_match_command_on_one_pair_and_on_a_list(tmp_path, teacher):
     assert result("match")["dinov2"]["matches"] == "128" and Image.open("match.png")
 
 
+def test_match_without_a_pair_takes_rooms(tmp_path, teacher, monkeypatch, capsys):
+    views = ev.room_views(data.TEST_SCENES, 2, 64)
+    monkeypatch.setattr(ev, "room_views", lambda *_: [(a, a) for a, _ in views])  # the second camera stands where the first does
+    ev.main(["match", *teacher])
+    assert result("match")["dinov2"]["1 %"] == 100 and result("match")["dinov2"]["found"] > 80 and "rooms" in capsys.readouterr().out
+
+
 def test_two_rooms_match_themselves():
     room = {k: v[0] for k, v in data.labelled_scenes("rooms", 3, 1, 64).items()}
     error = ev.room_matches(pixels(8), room, room, 1)[3]
@@ -298,7 +305,7 @@ def test_wrong_input_is_told_in_one_line(tmp_path, teacher):
         (["match", "--pair", "a.png", "a.png", "flow=x"], "the words are"),
         (["match", "--pair", "a.png", "a.png", "depth=x.npy"], "cannot read x.npy"),
         (["match", "--pairs", "list.txt"], "needs two images"),
-        (["match"], "wants --pair"),
+        (["match", "--pair", "a.png", "a.png", "--pairs", "list.txt"], "not both"),
         (["knn", "--train", "classes", "--test", "classes", "--through", "dinov2"], "say what to look at"),
         (["alignment"], "at least two teachers"),
     ):

@@ -238,8 +238,10 @@ def test_a_decoder_learns_from_a_folder_of_pairs(tmp_path, monkeypatch, capsys):
     torch.save({"model": model.state_dict(), "args": {"image_size": 112}}, tmp_path / "checkpoint.pt")
     vit = dune.ViT(112, 16, 64, 1, 1, 0, class_token=False, layer_scale=None, position="rope")
     torch.save(teachers.published_layout("mast3r", vit.state_dict()), tmp_path / "mast3r.pth")
-    ev.main(["two-view", "--run", str(tmp_path), "--weights", f"mast3r={tmp_path}/mast3r.pth", "--data", str(tmp_path / "d"), "--steps", "2", "--device", "cpu"])
-    rows = json.loads((tmp_path / "two-view.json").read_text())["results"]
+    ev.main(["two-view", "--run", str(tmp_path), "--weights", f"mast3r={tmp_path}/mast3r.pth", "--data", str(tmp_path / "d"), "--steps", "2", "--seeds", "2", "--device", "cpu"])
+    result = json.loads((tmp_path / "two-view.json").read_text())
+    rows, seeds = result["results"], [row["points m"] for row in result["values"]["student"]]
+    assert seeds[0] != seeds[1] and math.isclose(rows["student"]["points m"], sum(seeds) / 2)
     assert list(rows) == ["student", "teacher mast3r", "random encoder"] and all(math.isfinite(row["points m"]) for row in rows.values())
     assert (tmp_path / "two-view.png").exists() and isinstance(teachers.load_two_view(tmp_path / "two-view.pt"), teachers.TwoView)
     with pytest.raises(dune.Oops, match="holds no pairs"):
