@@ -508,9 +508,11 @@ def fit_image(image, longest, multiple):
 NO_COLOUR = (-1, -1, -1, -1, 1, 1, 1, 0, 0, 0, 0)
 
 
-def draw_colour(rng):
-    """The recipe's random colour augmentation of one image: float32 [11]."""
+def draw_colour(rng, share=1.0):
+    """The recipe's random colour augmentation of one image, float32 [11]; only `share` of the images get any."""
     p = np.array(NO_COLOUR, np.float32)
+    if rng.random() >= share:
+        return p
     if rng.random() < 0.8:
         p[:4] = rng.permutation(4)
         p[4:8] = rng.uniform(0.6, 1.4), rng.uniform(0.6, 1.4), rng.uniform(0.8, 1.2), rng.uniform(-0.1, 0.1)
@@ -603,8 +605,8 @@ def augment(image, params):
 class Steps(Dataset):
     """Step k -> this process's part of the global batch k. Position p of all positions ever is of group p % G: a pure function."""
 
-    def __init__(self, groups, image_size, batch, seed, rank, world, scale, train):
-        self.groups, self.size, self.batch, self.seed, self.scale, self.train = groups, image_size, batch, seed, scale, train
+    def __init__(self, groups, image_size, batch, seed, rank, world, scale, colour, train):
+        self.groups, self.size, self.batch, self.seed, self.scale, self.colour, self.train = groups, image_size, batch, seed, scale, colour, train
         self.mine = range(rank * batch // world, (rank + 1) * batch // world)
         self.orders = [Order(g, mix(seed, i), shuffle=train) for i, g in enumerate(groups)]
         self.sources = [s for g in groups for s in g.sources]
@@ -624,7 +626,7 @@ class Steps(Dataset):
             s, i = self.orders[g](position // len(self.groups))
             group[row], source[row] = g, self.first[g] + s
             rng = np.random.default_rng((self.seed, 2, position))
-            params[row] = torch.from_numpy(draw_colour(rng)) if self.train else torch.tensor(NO_COLOUR)
+            params[row] = torch.from_numpy(draw_colour(rng, self.colour if self.train else 0))
             flip = self.train and rng.random() < 0.5
             crop = (lambda w, h: random_crop(w, h, rng, self.scale)) if self.train else centre
             for k in range(24):
@@ -647,18 +649,18 @@ def start_worker(_):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def batches(groups, image_size, batch, seed=0, rank=0, world=1, start_step=0, workers=4, scale=(0.4, 1.0), train=True):
+def batches(groups, image_size, batch, seed=0, rank=0, world=1, start_step=0, workers=4, scale=(0.4, 1.0), colour=1.0, train=True):
     """An endless iterator over this process's part of each global batch, from `start_step` on.
 
     Yields {"image": uint8 [b,3,S,S] (pinned if there is CUDA), "group": int64 [b] (index into groups), "params": float32 [b,11] for
     `augment`, "bad": ["path: reason"] of the images that were replaced by the next readable one of their source}, b = batch / world.
-    What step k holds depends on groups, image_size, batch, seed and scale alone, not on world, workers or where one started.
+    What step k holds depends on groups, image_size, batch, seed, scale and colour alone, not on world, workers or where one started.
     train=False: each source in its own order, centre crop, no flip, no colour.
     Oops if batch cannot be divided by world, or if more than one image in ten of a source cannot be read.
     """
     if batch % world:
         raise Oops(f"the global batch {batch} cannot be divided among {world} processes: choose a multiple of {world}")
-    return stream(Steps(groups, image_size, batch, seed, rank, world, scale, train), start_step, workers)
+    return stream(Steps(groups, image_size, batch, seed, rank, world, scale, colour, train), start_step, workers)
 
 
 def stream(steps, step, workers):
@@ -668,6 +670,8 @@ def stream(steps, step, workers):
     options = dict(num_workers=workers, multiprocessing_context="fork", worker_init_fn=start_worker) if fork else {}
     while True:
         handler = signal.getsignal(signal.SIGCHLD)
+        if getattr(handler, "__module__", "").startswith("torch."):    # another DataLoader's
+            handler = signal.SIG_DFL
         items = iter(DataLoader(steps, None, sampler=itertools.count(step), pin_memory=torch.cuda.is_available(), **options))
         if threading.current_thread() is threading.main_thread():      # torch's handler would raise in the middle of the caller's work
             signal.signal(signal.SIGCHLD, handler)

@@ -294,8 +294,8 @@ def contrast(one, two, own, temperature=0.07):
 TINY = dict(image_size=112, embed_dim=192, depth=3, num_heads=3, layer_scale=None)
 SPECIALISTS = {  # teacher: (domain, shape, learning rate, scenes, passes over them)
     "dinov2": ("objects", dict(TINY, patch_size=14, registers=4, position="antialias"), 1e-3, 6000, 1),
-    "mast3r": ("rooms", dict(TINY, patch_size=16, registers=0, class_token=False, position="rope"), 1e-3, 3200, 1),
-    "multihmr": ("people", dict(TINY, patch_size=14, registers=0), 2e-3, 4400, 2),
+    "mast3r": ("rooms", dict(TINY, patch_size=16, registers=0, class_token=False, position="rope"), 1e-3, 3000, 1),
+    "multihmr": ("people", dict(TINY, patch_size=14, registers=0), 2e-3, 3900, 2),
 }
 TINY_GRID = (8, 8)
 MATCHING = 0.3  # weight of the matching loss beside that of depth and normals
@@ -469,17 +469,18 @@ class TwoViewHead(nn.Module):
 
 
 class TwoView(nn.Module):
-    """MASt3R on a frozen encoder: its own (RoPE, with the last norm) or a DUNE (without it, but with `norm`, a LayerNorm of the decoder's).
+    """MASt3R on a frozen encoder: its own, or a DUNE.
 
     dim, depth       of the decoder: `depth` pairs of blocks, heads of 64 channels
     patch            pixels that the heads put in the place of a token; the image is resized if the encoder's patch is another
+    norm             whether a LayerNorm of the decoder's stands for the encoder's last one (DUNE-MASt3R: yes; MASt3R: no)
     head_sizes       maps, features, last, hidden, descriptor: see DPT and TwoViewHead
     """
 
-    def __init__(self, encoder, dim=768, depth=12, patch=None, **head_sizes):
+    def __init__(self, encoder, dim=768, depth=12, patch=None, norm=True, **head_sizes):
         super().__init__()
         self.encoder, self.patch, self.head_dim = encoder.eval().requires_grad_(False), patch or encoder.patch_size, 64
-        self.norm = None if encoder.position == "rope" else nn.LayerNorm(encoder.embed_dim)
+        self.norm = nn.LayerNorm(encoder.embed_dim) if norm else None
         self.decoder_embed = nn.Linear(encoder.embed_dim, dim)
         self.dec_blocks, self.dec_blocks2 = (nn.ModuleList(DecoderBlock(dim, dim // self.head_dim) for _ in range(depth)) for _ in range(2))
         self.dec_norm = nn.LayerNorm(dim, eps=1e-6)
@@ -493,10 +494,10 @@ class TwoView(nn.Module):
         with torch.no_grad():
             if images.shape[-2:] != size:
                 images = F.interpolate(images, size, mode="bicubic", align_corners=True)
-            if self.norm is None:
-                return self.encoder(images)["patch"]
-            tokens = self.encoder(images * self.gain + self.offset, norm=False)["patch"]
-        return self.norm(tokens)
+            if self.encoder.position != "rope":
+                images = images * self.gain + self.offset
+            tokens = self.encoder(images, norm=self.norm is None)["patch"]
+        return tokens if self.norm is None else self.norm(tokens)
 
     def forward(self, view1, view2):
         """Two image batches [B, 3, H, W] in MASt3R's normalisation (2 x - 1 of images in 0..1), the two of any size -> two dictionaries.
@@ -589,7 +590,7 @@ def load_two_view(weights=None, device="cpu", encoder=None):
         head = "downstream_head1.{}.weight".format
         model = TwoView(vit, len(rest["decoder_embed.weight"]), 1 + max(int(k.split(".")[1]) for k in rest if k.startswith("dec_blocks.")),
                         maps=[size[head(f"dpt.act_postprocess.{j}.0")] for j in range(4)], features=size[head("dpt.layer_rn.0")],
-                        last=size[head("dpt.head.2")], hidden=size[head("head_local_features.fc1")],
+                        norm="mast3r.decoder_embed.weight" in state, last=size[head("dpt.head.2")], hidden=size[head("head_local_features.fc1")],
                         descriptor=size[head("head_local_features.fc2")] // vit.patch_size**2 - 1)
     except (KeyError, ValueError, RuntimeError) as error:
         raise Oops(f"{path} is no two-view model of a known layout ({error})") from None

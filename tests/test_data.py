@@ -43,7 +43,7 @@ def tar(path, source):
 
 def drawn(groups, steps, batch=8, **kw):
     """[(group, source, image)] of every position of the global batches `steps`, as the loader draws them."""
-    orders = data.Steps(groups, 14, batch, 0, 0, 1, (0.4, 1), True).orders
+    orders = data.Steps(groups, 14, batch, 0, 0, 1, (0.4, 1), 1, True).orders
     return [(p % len(groups), *orders[p % len(groups)](p // len(groups))) for k in steps for p in range(k * batch, (k + 1) * batch)]
 
 
@@ -433,6 +433,9 @@ def test_colour_parameters_follow_the_recipe():
         assert abs(x.min() - low) < 0.01 and abs(x.max() - high) < 0.01 and abs(x.mean() - (low + high) / 2) < 0.02
     assert all(abs((p[:, c] > 0).mean() - 0.2) < 0.02 for c in (8, 9, 10))
     assert p[p[:, 9] > 0, 9].min() > 0.1 - 1e-3 and 4.9 < p[:, 9].max() <= 5
+    for share in (0, 0.5, 1):  # of the images; 0.2 * 0.8**3 of these come out unchanged
+        changed = np.stack([data.draw_colour(rng, share) for _ in range(5000)]) != np.array(data.NO_COLOUR, np.float32)
+        assert abs(changed.any(1).mean() - share * (1 - 0.2 * 0.8**3)) < 0.02 * (share > 0) + 1e-9
 
 
 # ---- pictures and the command
