@@ -1577,6 +1577,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise Oops("--device cuda, but torch sees no GPU here")
+    if args.out or os.path.isdir(args.run or "."):
+        output(args, "")  # a place that cannot be written is told before the work, not after it
     COMMANDS[args.command][0](args)
 
 

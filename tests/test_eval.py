@@ -300,6 +300,7 @@ def test_wrong_input_is_told_in_one_line(tmp_path, teacher):
         (["knn", "--train", "empty_class", "--test", "classes"], "empty_class/a is empty"),
         (["knn", "--train", "classes", "--test", "other_class"], "class z is not among"),
         (["linear", "--train", "single", "--test", "single"], "at least two classes"),
+        (["linear", "--train", "nowhere", "--test", "nowhere", "--out", "a.png/x"], "cannot write in a.png"),  # told before the work
         (["match", "--pair", "a.png"], "needs two images, this has 1"),
         (["match", "--pair", "a.png", "a.png", "homography=short.txt"], "must hold 9 numbers"),
         (["match", "--pair", "a.png", "a.png", "flow=x"], "the words are"),
