@@ -221,6 +221,7 @@ def test_validation_batches_are_in_order_and_plain(tmp_path):
 
 def test_a_killed_worker_does_not_end_the_run(tmp_path, capfd):
     groups = data.parse_data([], TEACHERS)
+    list(torch.utils.data.DataLoader([0], num_workers=1))              # leaves a handler behind that raises when any child dies
     stream = data.batches(groups, 28, 6, workers=2)
     seen = [next(stream)]
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
@@ -436,6 +437,9 @@ def test_colour_parameters_follow_the_recipe():
     for share in (0, 0.5, 1):  # of the images; 0.2 * 0.8**3 of these come out unchanged
         changed = np.stack([data.draw_colour(rng, share) for _ in range(5000)]) != np.array(data.NO_COLOUR, np.float32)
         assert abs(changed.any(1).mean() - share * (1 - 0.2 * 0.8**3)) < 0.02 * (share > 0) + 1e-9
+    groups = data.parse_data([], TEACHERS)
+    plain = [(next(data.batches(groups, 28, 12, workers=0, colour=share))["params"] == torch.tensor(data.NO_COLOUR)).all() for share in (0, 1)]
+    assert plain == [True, False]
 
 
 # ---- pictures and the command
