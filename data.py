@@ -1101,7 +1101,7 @@ def _cast(solids, pose, focal, rays):
     return depth, which
 
 def rooms(seed, size=112, view=0):
-    """A furnished room seen by one of two cameras (view 0, 1): image uint8 [S,S,3], depth f4 [S,S] (along z, metres), normals f4 [S,S,3]
+    """A furnished room photographed by one of two cameras (view 0, 1): image uint8 [S,S,3], depth f4 [S,S] (along z, metres), normals f4 [S,S,3]
     (unit, towards the camera), K f4 [3,3] (pixels, centres at integer + 0.5), pose f4 [4,4] (camera to world).
     Camera frame: x right, y down, z forward."""
     rng = random.Random(f"rooms {seed}")
@@ -1144,6 +1144,9 @@ def rooms(seed, size=112, view=0):
     back[order] = np.arange(size * size)
     normals, img = (rotation.T @ normals).T.take(back, 0).reshape(size, size, 3), img.take(back, 1)
     _smooth_seams(img, which)
+    photo = random.Random(f"photo {seed} {view}")  # taken with a contrast, an exposure and a white balance of its own
+    img = np.clip(img, 0, 1) ** np.float32(math.exp(photo.uniform(-0.4, 0.4))) * np.float32(photo.uniform(0.6, 1.4))
+    img *= np.array([[photo.uniform(0.75, 1.25)] for _ in range(3)], np.float32)
     return {"image": _finish(img.reshape(3, size, size)), "depth": depth, "normals": normals, "K": _intrinsics(focal, size), "pose": pose}
 
 # people: camera frame, metres, y down

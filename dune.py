@@ -75,6 +75,14 @@ def rotate(x, table):
     return (x * cos + torch.stack([-b, a], -2).flatten(-3) * sin).to(x.dtype)
 
 
+def attend(q, k, v):
+    """softmax(q k^T / sqrt(d)) v of [B, heads, N, d]."""
+    if q.device.type != "cpu" or not q.requires_grad or k.shape[-2] > 512:
+        return F.scaled_dot_product_attention(q, k, v)
+    # Training on CPUs: the fused one takes eight times as long in bf16 (69 tokens, forward and backward), but for many tokens less memory.
+    return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
+
+
 class Attention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
@@ -86,7 +94,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):

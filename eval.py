@@ -1457,7 +1457,7 @@ def judge_two_view(model, pairs):
     return dict(zip(names, [*table[:, :3].nanmean(0).tolist(), *table[:, 3:].median(0).values.tolist()]))
 
 
-ROOM_PAIRS, UNSEEN_PAIRS = 200, 64
+ROOM_PAIRS, UNSEEN_PAIRS = 200, 128
 
 
 def two_view_study(args):

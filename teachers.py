@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import data
 from data import IMAGENET_MEAN, IMAGENET_STD, JOINTS, KINDS
-from dune import Attention, Mlp, Oops, SIZES, ViT, fast_bf16, fetch, load_strictly, plain_keys, read_checkpoint, rope_table, rotate, vit_from_state
+from dune import Attention, Mlp, Oops, SIZES, ViT, attend, fast_bf16, fetch, load_strictly, plain_keys, read_checkpoint, rope_table, rotate, vit_from_state
 from dune import load as load_encoder
 
 
@@ -294,11 +294,11 @@ def contrast(one, two, own, temperature=0.07):
 TINY = dict(image_size=112, embed_dim=192, depth=3, num_heads=3, layer_scale=None)
 SPECIALISTS = {  # teacher: (domain, shape, learning rate, scenes, passes over them)
     "dinov2": ("objects", dict(TINY, patch_size=14, registers=4, position="antialias"), 1e-3, 6000, 1),
-    "mast3r": ("rooms", dict(TINY, patch_size=16, registers=0, class_token=False, position="rope"), 1e-3, 3000, 1),
+    "mast3r": ("rooms", dict(TINY, patch_size=16, registers=0, class_token=False, position="rope"), 1e-3, 4000, 1),
     "multihmr": ("people", dict(TINY, patch_size=14, registers=0), 2e-3, 3900, 2),
 }
 TINY_GRID = (8, 8)
-MATCHING = 0.3  # weight of the matching loss beside that of depth and normals
+MATCHING, FINE = 1.0, 2  # weight of the matching loss beside that of depth and normals; descriptors along a patch's side
 
 
 def published_layout(name, state):
@@ -312,7 +312,7 @@ def published_layout(name, state):
 
 def specialist_path(name):
     """Where the tiny specialist of a teacher lies once it is made: its name tells the recipe, so that a changed one is made anew."""
-    key = hashlib.sha1(repr((SPECIALISTS[name], MATCHING)).encode()).hexdigest()[:8]
+    key = hashlib.sha1(repr((SPECIALISTS[name], MATCHING, FINE)).encode()).hexdigest()[:8]
     return os.path.join(data.cache_folder(), f"tiny-{name}-{key}.pth")
 
 
@@ -329,17 +329,19 @@ def make_specialist(name, scenes, path, batch=16, seed=0):
     """Train a tiny specialist on its own domain, from labels, and write it to `path` in the published layout.
 
     scenes: {label: tensor [n, ...]} with "image" uint8 [n, 3, S, S] and the labels that Probe reads; of rooms pairs [n, 2, ...]: like
-    MASt3R itself the tiny one also learns to tell which patches of two views show the same place.
+    MASt3R itself the tiny one also learns to tell which places of two views are the same, finer than a patch.
     """
     domain, shape, lr, _, epochs = SPECIALISTS[name]
     torch.manual_seed(seed)
     vit = ViT(**shape)
     teacher = FrozenTeacher(name, vit).train().requires_grad_(True)
-    probe = Probe(domain, vit.embed_dim, TINY_GRID)
+    probe, pairs = Probe(domain, vit.embed_dim, TINY_GRID), domain == "rooms"
     params = [*vit.parameters(), *probe.parameters()]
+    if pairs:
+        describe = nn.Linear(vit.embed_dim, FINE**2 * 16, bias=False)
+        params += describe.parameters()
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.03, betas=(0.9, 0.99), fused=True)
-    pairs, count = domain == "rooms", len(scenes["image"])
-    batch = batch // 2 if pairs else batch
+    count, batch = len(scenes["image"]), batch // 2 if pairs else batch
     steps = epochs * count // batch
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.1)
     order = torch.cat([torch.randperm(count) for _ in range(epochs)])
@@ -352,8 +354,9 @@ def make_specialist(name, scenes, path, batch=16, seed=0):
             out = probe(features, targets)
         loss = probe.loss({k: v.float() for k, v in out.items()}, targets)
         if pairs:
-            own, seen = patch_pairs(part, TINY_GRID)
-            loss = loss + MATCHING * contrast(*features["patch"].float().unflatten(0, (-1, 2)).unbind(1), own)[seen].mean()
+            own, seen = patch_pairs(part, tuple(FINE * n for n in TINY_GRID))
+            maps = F.pixel_shuffle(describe(features["patch"].float()).mT.unflatten(2, TINY_GRID), FINE).flatten(2).mT
+            loss = loss + MATCHING * contrast(*maps.unflatten(0, (-1, 2)).unbind(1), own)[seen].mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(params, 1.0)
@@ -383,7 +386,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x, y, rope_x, rope_y):
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.projq(x), self.projk(y), self.projv(y)))
-        x = F.scaled_dot_product_attention(rotate(q, rope_x), rotate(k, rope_y), v)
+        x = attend(rotate(q, rope_x), rotate(k, rope_y), v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 

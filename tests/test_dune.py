@@ -41,6 +41,19 @@ def test_published_dune_checkpoint(golden, close, tmp_path):
     close(encoder(case["image"])["patch"], case["norm_patch"])
 
 
+@pytest.mark.parametrize("tokens", [(9, 7), (9, 600)])  # few, and too many for the plain products
+def test_attention_gives_the_same_with_and_without_gradient(tokens, close):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 16, dtype=torch.float64) for n in (tokens[0], tokens[1], tokens[1]))
+    learns = [x.clone().requires_grad_() for x in (q, k, v)]
+    want = torch.softmax(torch.einsum("bhnd,bhmd->bhnm", *learns[:2]) / 4, -1) @ learns[2]
+    got = dune.attend(*learns)
+    close(dune.attend(q, k, v), want)
+    close(got, want)
+    for a, b in zip(torch.autograd.grad(got.square().sum(), learns), torch.autograd.grad(want.square().sum(), learns)):
+        close(a, b)
+
+
 def test_published_unic_checkpoint(golden, close, tmp_path):
     student, ladder = golden("unic_student")["student"], golden("unic_ladder")
     torch.save({**student["checkpoint"], "model": {**student["checkpoint"]["model"], **ladder}}, tmp_path / "unic.pth")
