@@ -317,7 +317,7 @@ def specialist_path(name):
 
 
 def prepare_specialists(names):
-    """Train the tiny specialists that are not in the cache yet: about a minute each on two cores."""
+    """Train the tiny specialists that are not in the cache yet: about half a minute each on two cores."""
     for name in names:
         if not os.path.exists(specialist_path(name)):
             (domain, _, _, count, _), size = SPECIALISTS[name], TINY["image_size"]
