@@ -1057,10 +1057,10 @@ def _furnish(rng):
     return solids
 
 def _camera(rng, view):
-    """Pose [4,4] (camera to world; x right, y down, z forward) of a look across the things from outside them; view 1 is aside of view 0."""
-    angle = rng.uniform(0, TAU) + view * rng.uniform(0.15, 0.35) * rng.choice([-1, 1])
-    spots = [[rng.uniform(*r) for r in ((2.1, 2.5), (-1.7, -0.9), (-0.5, 0.5), (-1.1, -0.5), (-0.5, 0.5))] for _ in range(2)]
-    away, height, *target = np.array(spots[0]) * (1 - view / 2) + np.array(spots[1]) * (view / 2)
+    """Pose [4,4] (camera to world; x right, y down, z forward) of a look across the things from outside them; view 1 stands aside of view 0 and looks elsewhere."""
+    angle = rng.uniform(0, TAU) + view * rng.uniform(0.2, 0.45) * rng.choice([-1, 1])
+    spots = [[rng.uniform(*r) for r in ((2.1, 2.5), (-1.7, -0.9), (-0.7, 0.7), (-1.1, -0.5), (-0.7, 0.7))] for _ in range(2)]
+    away, height, *target = [(a + b) / 2 for a, b in zip(*spots)][:2] + spots[1][2:] if view else spots[0]
     eye = np.array([away * math.sin(angle), height, away * math.cos(angle)])
     z = (target - eye) / np.linalg.norm(target - eye)
     x = np.cross([0, 1, 0], z) / math.hypot(z[0], z[2])

@@ -306,7 +306,7 @@ def readers_of(args):
 
 def output(args, suffix):
     """Where a command writes: --out, or beside the run, or here, under the command's name."""
-    stem = re.sub(r"\.(png|json)$", "", args.out) if args.out else os.path.join(args.run or ".", args.command)
+    stem = re.sub(r"\.(png|json|ply|pt)$", "", args.out) if args.out else os.path.join(args.run or ".", args.command)
     folder = os.path.dirname(stem) or "."
     try:
         os.makedirs(folder, exist_ok=True)
@@ -1203,7 +1203,8 @@ def pixel_grid(height, width, device="cpu"):
 def estimate_focal(points, weight):
     """Focal length in pixels that explains a point map [H, W, 3] in its own camera's frame, the image's centre being the principal point.
 
-    The median of what each pixel says; far from the centre, and by weight [H, W], it says more. Oops if no point is before the camera.
+    The median of what each pixel says; far from the centre, and by weight [H, W], it says more. At least 1, which is as good as none (points
+    that lie where no camera would see them). Oops if no point is before the camera.
     """
     height, width = points.shape[:2]
     points, weight = points.flatten(0, 1).double().cpu(), weight.flatten().double().cpu()
@@ -1213,7 +1214,7 @@ def estimate_focal(points, weight):
     pixels, rays = (pixel_grid(height, width) - torch.tensor([width, height]) / 2)[keep].double(), points[keep, :2] / points[keep, 2:]
     says, order = ((pixels * rays).sum(-1) / rays.square().sum(-1).clamp(min=1e-12)).sort()
     share = (pixels.norm(dim=-1) * weight[keep])[order].cumsum(0)
-    return says[torch.searchsorted(share, share[-1:] / 2)].item()
+    return max(1.0, says[torch.searchsorted(share, share[-1:] / 2)].item())
 
 
 def reciprocal_matches(desc1, desc2, stride=8, rounds=8):
@@ -1253,9 +1254,10 @@ def relative_pose(points1, points2, pixels2, focal2, tolerance, hypotheses=1000)
     refined there (PnP by Gauss-Newton), so that the depth of view 2 only has to be roughly right. Fewer than 4 matches: (None, none).
     """
     points1, points2, pixels2 = points1.double().cpu(), points2.double().cpu(), pixels2.double().cpu()
-    if len(points1) < 4:
+    finite = (points1 + points2).isfinite().all(-1).nonzero()[:, 0]
+    if len(finite) < 4:
         return None, torch.zeros(len(points1), dtype=torch.bool)
-    pick = torch.randint(len(points1), (hypotheses, 3), generator=torch.Generator().manual_seed(0))
+    pick = finite[torch.randint(len(finite), (hypotheses, 3), generator=torch.Generator().manual_seed(0))]
 
     def residual(rotation, translation):
         moved = points1 @ rotation.mT + translation[..., None, :]
@@ -1305,9 +1307,13 @@ def reconstruct(model, image1, image2, stride=8):
     a, b = reciprocal_matches(first["desc"], second["desc"], stride)
     best = (first["desc_conf"].flatten()[a] * second["desc_conf"].flatten()[b]).argsort(descending=True)
     a, b = a[best], b[best]
-    height, width = image2.shape[1:]
-    pixels = pixel_grid(height, width, device)[b] - torch.tensor([width, height], device=device) / 2
-    pose, inside = relative_pose(first["pts3d"].flatten(0, 1)[a], own["pts3d"].flatten(0, 1)[b], pixels, focal[1], 0.02 * max(height, width))
+
+    def lifted(view, focal, at):  # by their depth along their pixels' rays, from which the points of a map stray: poses are a fifth better
+        height, width = view["conf"].shape
+        pixels = (pixel_grid(height, width, device) - torch.tensor([width, height], device=device) / 2)[at]
+        depth = view["pts3d"].flatten(0, 1)[at, 2:]
+        return torch.cat([pixels / focal * depth, depth], 1), pixels
+    pose, inside = relative_pose(lifted(first, focal[0], a)[0], *lifted(own, focal[1], b), focal[1], model.patch / 2)
     return {"views": (first, second), "focal": focal, "matches": (a, b), "pose": pose, "inside": inside}
 
 
@@ -1350,7 +1356,7 @@ class FolderPairs(torch.utils.data.Dataset):
             names = sorted(n for n in names if n.lower().endswith(data.SUFFIXES) and os.path.splitext(n)[0] + ".npz" in names)
             self.pairs += [(os.path.join(folder, a), os.path.join(folder, b)) for a, b in zip(names, names[1:])]
         if len(self.pairs) < 2:
-            raise Oops(f"{root} holds no pairs: images NAME.jpg beside NAME.npz (depth, K, pose), at least three in a sub-folder")
+            raise Oops(f"{root} holds fewer than two pairs: neighbours by name in each sub-folder, NAME.jpg beside NAME.npz (depth, K, pose)")
 
     def __len__(self):
         return len(self.pairs)
@@ -1364,6 +1370,8 @@ class FolderPairs(torch.utils.data.Dataset):
             raise Oops(f"cannot read {camera}: {data.reason(error)}") from None
         if depth.shape != (image.height, image.width) or K.shape != (3, 3) or pose.shape != (4, 4):
             raise Oops(f"{camera}: expected depth {[image.height, image.width]} as the image, K [3, 3] and pose [4, 4]")
+        if not all(x.isfinite().all() and x.det() != 0 for x in (K, pose)):
+            raise Oops(f"{camera}: K and pose must be finite and have an inverse; a frame whose camera was lost has no place here")
         x0, y0, x1, y1 = box = data.centre(*image.size)
         scale = self.size / (x1 - x0)
         K = torch.tensor([[scale, 0, -x0 * scale], [0, scale, -y0 * scale], [0, 0, 1]]) @ K
@@ -1395,11 +1403,12 @@ def two_view_loss(views, geometry, matching=0.075, samples=512):
 TINY_DECODER = dict(dim=64, depth=2, maps=(16, 16, 24, 32), features=16, last=16, hidden=128, descriptor=8)  # for encoders narrower than ViT-S
 
 
-def train_two_view(encoder, pairs, name, size, steps, batch=8, device="cpu", seed=0):
-    """A TwoView on a frozen encoder whose decoder has learned from `pairs` (a sequence or dataset); narrow encoders get a tiny one."""
+def train_two_view(encoder, pairs, name, patch, steps, batch=8, device="cpu", seed=0):
+    """A TwoView on a frozen encoder whose decoder has learned from `pairs` (a sequence or dataset), its patches those of an encoder with
+    this patch size, whatever its own; narrow encoders get a tiny one."""
     torch.manual_seed(seed)
     tiny = encoder.embed_dim < 384
-    model = zoo.TwoView(encoder, patch=14 if size % 14 == 0 else encoder.patch_size, **(TINY_DECODER if tiny else {})).to(device)
+    model = zoo.TwoView(encoder, patch=patch, **(TINY_DECODER if tiny else {})).to(device)
     for head in (model.downstream_head1, model.downstream_head2):
         for conv in head.modules():
             if isinstance(conv, nn.Conv2d):  # torch's own start lets a signal shrink by 0.58 in each of a dozen layers
@@ -1412,7 +1421,7 @@ def train_two_view(encoder, pairs, name, size, steps, batch=8, device="cpu", see
         nn.init.zeros_(local.bias)
     with torch.no_grad():  # and with features of mean 0 and variance 1, like every probe here, whichever encoder they are from
         images = torch.cat([pairs[i]["image"] for i in range(min(32, len(pairs)))]).to(device)
-        std, mean = torch.std_mean(model.encode(images / 127.5 - 1, (size // model.patch,) * 2).float(), (0, 1))
+        std, mean = torch.std_mean(model.encode(images / 127.5 - 1, (images.shape[-1] // patch,) * 2).float(), (0, 1))
         model.norm.weight.copy_(1 / (std + 1e-6))
         model.norm.bias.copy_(-mean / (std + 1e-6))
     params, lr = [p for p in model.parameters() if p.requires_grad], 6e-3 if tiny else 1e-4
@@ -1420,7 +1429,7 @@ def train_two_view(encoder, pairs, name, size, steps, batch=8, device="cpu", see
               {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.1)
-    workers = 0 if isinstance(pairs, list) else min(8, os.cpu_count())
+    workers = 0 if isinstance(pairs, list) else min(8, data.cores())
     order = torch.utils.data.RandomSampler(pairs, replacement=True, num_samples=steps * batch)
     for part in tqdm(torch.utils.data.DataLoader(pairs, batch, sampler=order, num_workers=workers), f"two-view decoder on the {name}", leave=False):
         swap = torch.rand(()) < 0.5  # either view may come first
@@ -1469,7 +1478,8 @@ def two_view_study(args):
     if args.data:
         pairs = FolderPairs(args.data[0], size)
         held = min(32, len(pairs) // 5 + 1)
-        pairs, unseen = (torch.utils.data.Subset(pairs, r) for r in (range(len(pairs) - held), range(len(pairs) - held, len(pairs))))
+        learn = max(1, len(pairs) - held - 1)  # the pair between shares an image with those that are judged
+        pairs, unseen = (torch.utils.data.Subset(pairs, r) for r in (range(learn), range(len(pairs) - held, len(pairs))))
     else:
         pairs, unseen = ([{k: v[i] for k, v in batch.items()} for i in range(len(batch["image"]))]
                          for batch in (zoo.room_pairs(ROOM_SEEDS, ROOM_PAIRS, size), zoo.room_pairs(data.TEST_SCENES, UNSEEN_PAIRS, size)))
@@ -1478,7 +1488,7 @@ def two_view_study(args):
     values, shown = {}, unseen[0]["image"]
     for name, encoder in {"student": model.encoder, **{f"teacher {t}": x.vit for t, x in teachers.items()}, "random encoder": blank}.items():
         for seed in range(args.seed, args.seed + args.seeds):
-            trained = train_two_view(encoder, pairs, name, size, args.steps, device=args.device, seed=seed)
+            trained = train_two_view(encoder, pairs, name, model.encoder.patch_size, args.steps, device=args.device, seed=seed)
             values.setdefault(name, []).append(judge_two_view(trained, unseen))
             if name == "student" and seed == args.seed:
                 picture = two_view_picture(output(args, ".png"), shown, reconstruct(trained, *shown, stride=4))
@@ -1486,7 +1496,7 @@ def two_view_study(args):
                 torch.save(zoo.two_view_layout(trained), path + ".part")
                 os.replace(path + ".part", path)
     mean, spread = mean_and_spread(values)
-    print(f"a two-view decoder on each frozen encoder, {len(pairs)} pairs, {args.steps} steps, judged on {len(unseen)} pairs of {'images' if args.data else 'rooms'} not seen")
+    print(f"a two-view decoder on each frozen encoder, {len(pairs)} pairs, {args.steps} steps, judged on {len(unseen)} pairs{'' if args.data else ' of rooms'} not seen")
     report(args, size, mean, f"{picture}, {path} (the student with its decoder: eval.py two-view A B --weights {path})", spread if args.seeds > 1 else None, values=values)
 
 
@@ -1513,6 +1523,8 @@ def command_two_view(args):
     print(f"wrote {cloud} ({sum(map(len, points)):,} points) and {picture}\n{matches} matches, {agree} agree on one pose")
     if agree < max(12, 0.2 * matches):
         raise Oops(f"only {agree} of {matches} matches agree: no pose; do the two images overlap?")
+    if min(result["focal"]) <= 1:
+        raise Oops("no focal length: the points lie where no camera sees them; other weights than the model's, or a decoder that has not learned?")
     for path, focal, image in zip(args.images, result["focal"], images):
         height, width = image.shape[1:]
         print(f"focal length of {path}: {focal:.1f} px at {width}x{height} (field of view {2 * math.degrees(math.atan(width / 2 / focal)):.1f} degrees)")
@@ -1577,6 +1589,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise Oops("--device cuda, but torch sees no GPU here")
+    for option in ("steps", "seeds", "k", "upsample"):
+        if getattr(args, option, 1) < 1:
+            raise Oops(f"--{option} {getattr(args, option)}: at least 1")
     if args.out or os.path.isdir(args.run or "."):
         output(args, "")  # a place that cannot be written is told before the work, not after it
     COMMANDS[args.command][0](args)

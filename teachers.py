@@ -311,18 +311,25 @@ def published_layout(name, state):
 
 
 def specialist_path(name):
-    """Where the tiny specialist of a teacher lies once it is made: its name tells the recipe, so that a changed one is made anew."""
-    key = hashlib.sha1(repr((SPECIALISTS[name], MATCHING, FINE)).encode()).hexdigest()[:8]
-    return os.path.join(data.cache_folder(), f"tiny-{name}-{key}.pth")
+    """Where the tiny specialist of a teacher lies once it is made: its name tells the recipe and how its scenes are drawn and labelled, so
+    that after a change it is made anew."""
+    key = hashlib.sha1(repr((SPECIALISTS[name], MATCHING, FINE)).encode())
+    for label in specialist_scenes(name, 2).values():
+        key.update(label.numpy().tobytes())
+    return os.path.join(data.cache_folder(), f"tiny-{name}-{key.hexdigest()[:8]}.pth")
+
+
+def specialist_scenes(name, count):
+    """The first `count` of the images that a specialist learns from, with their labels: {label: tensor [count, ...]}, of rooms pairs."""
+    domain, size = SPECIALISTS[name][0], TINY["image_size"]
+    return room_pairs(0, count // 2, size) if domain == "rooms" else data.labelled_scenes(domain, 0, count, size)
 
 
 def prepare_specialists(names):
     """Train the tiny specialists that are not in the cache yet: about half a minute each on two cores."""
     for name in names:
         if not os.path.exists(specialist_path(name)):
-            (domain, _, _, count, _), size = SPECIALISTS[name], TINY["image_size"]
-            scenes = room_pairs(0, count // 2, size) if domain == "rooms" else data.labelled_scenes(domain, 0, count, size)
-            make_specialist(name, scenes, specialist_path(name))
+            make_specialist(name, specialist_scenes(name, SPECIALISTS[name][3]), specialist_path(name))
 
 
 def make_specialist(name, scenes, path, batch=16, seed=0):

@@ -243,7 +243,7 @@ def save_for_ever(path, written):
 def test_killed_while_saving_there_is_always_one_that_loads(tmp_path):
     path, fork = tmp_path / "checkpoint.pt", multiprocessing.get_context("fork")
     for attempt in range(50):
-        written = fork.Value("q", 0)
+        written = fork.RawValue("q", 0)  # without a lock: it would die with who holds it
         process = fork.Process(target=save_for_ever, args=(str(path), written))
         process.start()
         while not written.value:

@@ -108,6 +108,7 @@ def test_focal_length_with_a_third_of_the_points_wrong(height, width):
     wrong = torch.rand(height, width, generator=g) < 0.3
     points[wrong] = torch.randn(int(wrong.sum()), 3, generator=g, dtype=torch.double) + torch.tensor([0, 0, 3])
     assert ev.estimate_focal(points, torch.ones(height, width)) == pytest.approx(87.5, rel=0.02)
+    assert ev.estimate_focal(points * torch.tensor([0, 0, 1]), torch.ones(height, width)) == 1
     with pytest.raises(dune.Oops, match="behind the camera"):
         ev.estimate_focal(-points.abs(), torch.ones(height, width))
 
@@ -125,6 +126,7 @@ def test_relative_pose_exact_and_with_outliers(wrong, depth_error):
     points2 = points2 * (1 + depth_error * torch.randn(n, 1, generator=g, dtype=torch.double))
     bad = torch.rand(n, generator=g) < wrong
     points2[bad], pixels[bad] = points2[bad].flip(0), pixels[bad].flip(0)
+    points1[7], points2[9], bad[[7, 9]] = math.inf, math.nan, True
     pose, inside = ev.relative_pose(points1, points2, pixels, focal, tolerance=5)
     assert torch.allclose(pose, camera, atol=2e-2 if wrong else 1e-6) and (inside & ~bad).sum() == (~bad).sum()
     assert ev.angle(pose[:3, :3]) == pytest.approx(25, abs=0.3 if wrong else 1e-4)
@@ -214,7 +216,7 @@ def test_two_view_mistakes_are_one_line(tmp_path):
     (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "file").write_text("")
     for arguments, message in (([a], "takes two images, not 1"), ([a, str(tmp_path / "text.jpg")], "text.jpg"), ([a, b, "--weights", a], "cannot read"),
-                               ([a, b, "--out", str(tmp_path / "file" / "x")], "cannot write"), ([], "two photographs, or --run")):
+                               ([a, b, "--out", str(tmp_path / "file" / "x")], "cannot write"), ([], "two photographs, or --run"), (["--seeds", "0"], "at least 1")):
         with pytest.raises(dune.Oops, match=message) as error:
             ev.main(["two-view", *arguments, *([] if "--weights" in arguments else ["--weights", weights]), "--device", "cpu",
                      *([] if "--out" in arguments else ["--out", str(tmp_path / "out")])])
@@ -235,10 +237,10 @@ def test_a_decoder_learns_from_a_folder_of_pairs(tmp_path, monkeypatch, capsys):
     batch = {k: v[None] for k, v in pairs[0].items()}
     points, _, place, seen = teachers.pair_geometry(batch)
     assert alike(batch, place, seen) > 0.95 > 0.85 > alike(batch, place.roll(4, 2), seen)  # the camera was cut and scaled with the image
-    encoder = dune.ViT(112, 14, 64, 1, 1, 0, layer_scale=None)
+    encoder = dune.ViT(112, 16, 64, 1, 1, 0, layer_scale=None)  # decoders have the student's patch, whatever the teacher's
     model = dune.DUNE(encoder, {"mast3r": (64, False)})
     torch.save({"model": model.state_dict(), "args": {"image_size": 112}}, tmp_path / "checkpoint.pt")
-    vit = dune.ViT(112, 16, 64, 1, 1, 0, class_token=False, layer_scale=None, position="rope")
+    vit = dune.ViT(112, 14, 64, 1, 1, 0, class_token=False, layer_scale=None, position="rope")
     torch.save(teachers.published_layout("mast3r", vit.state_dict()), tmp_path / "mast3r.pth")
     ev.main(["two-view", "--run", str(tmp_path), "--weights", f"mast3r={tmp_path}/mast3r.pth", "--data", str(tmp_path / "d"), "--steps", "2", "--seeds", "2", "--device", "cpu"])
     result = json.loads((tmp_path / "two-view.json").read_text())
@@ -246,5 +248,8 @@ def test_a_decoder_learns_from_a_folder_of_pairs(tmp_path, monkeypatch, capsys):
     assert seeds[0] != seeds[1] and math.isclose(rows["student"]["points m"], sum(seeds) / 2)
     assert list(rows) == ["student", "teacher mast3r", "random encoder"] and all(math.isfinite(row["points m"]) for row in rows.values())
     assert (tmp_path / "two-view.png").exists() and isinstance(teachers.load_two_view(tmp_path / "two-view.pt"), teachers.TwoView)
-    with pytest.raises(dune.Oops, match="holds no pairs"):
+    with pytest.raises(dune.Oops, match="fewer than two pairs"):
         ev.FolderPairs(str(tmp_path / "mast3r.pth"), 112)
+    np.savez(tmp_path / "d" / "room0" / "0.npz", depth=scene["depth"][14:126], K=scene["K"], pose=np.full((4, 4), -np.inf, np.float32))
+    with pytest.raises(dune.Oops, match="0.npz: K and pose must be finite"):
+        pairs[0]
