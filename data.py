@@ -184,8 +184,10 @@ def data_lines(spec):
     with open(spec, errors="replace") as file:
         lines = filter(None, (re.sub(r"(^|\s)#.*", "", line).strip() for line in file))
         first = next(lines, "")
-        found = os.path.isfile(os.path.join(os.path.dirname(spec), first)) and not first.endswith((".tar", ".txt"))
-        return [spec] if found or not first or first.lower().endswith(SUFFIXES) else [first, *lines]
+        image = first.lower().endswith(SUFFIXES)
+        if not first.endswith((".tar", ".txt")):  # of a list; then an image may have any name
+            image = image or os.path.isfile(os.path.join(os.path.dirname(spec), first))
+        return [spec] if image or not first else [first, *lines]
 
 def parse_data(specs, teachers, seeds=""):
     """[Group] that `--data` describes: `teacher=source,source…`, sources for all, or a text file of such lines.
@@ -201,15 +203,19 @@ def parse_data(specs, teachers, seeds=""):
             raise Oops(f"--data names {owner}, which is not one of --teachers {','.join(teachers)}")
         _, known = wanted.setdefault(owner or "shared", ([owner] if owner else list(teachers), []))
         known += [source for source in sources.split(",") if source.strip()]
-    for name, row in teachers.items() if not specs else ():
-        wanted.setdefault(row.domain, ([], [f"scenes:{row.domain}{seeds}"]))[0].append(name)
-    wanted = {group: (owners, sources) for group, (owners, sources) in wanted.items() if sources}
-    poor = [name for name in teachers if all(name not in owners for owners, _ in wanted.values())]
+    if not specs:
+        for name, row in teachers.items():
+            owners, _ = wanted.setdefault(row.domain, ([], [f"scenes:{row.domain}{seeds}"]))
+            owners.append(name)
+    provided = {name for owners, sources in wanted.values() if sources for name in owners}
+    poor = [name for name in teachers if name not in provided]
     if poor:
         raise Oops(f"--data has no images for {', '.join(poor)}: "
                    f"add --data {poor[0]}=PATH, or a PATH without a name for all teachers")
     groups = []
     for name, (owners, sources) in wanted.items():
+        if not sources:
+            continue
         sources = [open_source(spec) for spec in sources]
         groups.append(Group(name, sources, tuple(owners), any(teachers[owner].generic for owner in owners)))
         endless = [source.spec for source in sources if source.count >= TEST_SCENES]
@@ -461,10 +467,12 @@ def colour(x, params):
     passes += [(op, params[:, 4 + op] > 0) for op in (4, 5, 6)]
     for op, chosen in passes:
         rows = np.flatnonzero(chosen)
+        if len(rows) == 0:
+            continue
         factor = beside(x, params[rows, 4 + op]).view(-1, 1, 1, 1)
         if len(rows) == len(x):
             x = OPS[op](x, factor)
-        elif len(rows):
+        else:
             rows = beside(x, rows)
             x.index_copy_(0, rows, OPS[op](x.index_select(0, rows), factor))
     return x
@@ -740,7 +748,8 @@ def turned(x, y, angle):
 def window(size, x0, y0, x1, y1):
     """np.s_[:, rows, columns] of the pixels that a box touches, and one more for smooth edges; perhaps empty."""
     def cut(low, high):
-        return slice(*np.clip([math.floor(low * size) - 1, math.ceil(high * size) + 1], 0, size))
+        first, last = math.floor(low * size) - 1, math.ceil(high * size) + 1
+        return slice(min(max(first, 0), size), min(max(last, 0), size))
     return slice(None), cut(y0, y1), cut(x0, x1)
 
 def around(size, cx, cy, w, h, reach=1):
@@ -1018,7 +1027,7 @@ def rooms(seed, size=112, view=0):
         if len(at) == 0:
             continue
         solid = solids[max(0, code - 3)]
-        p = points[:, at]
+        p = points.take(at, 1)
         q = solid.inside(p)
         n, u, v = solid.surface(q)
         n = solid.m.T @ (n if code > 3 else -n)
@@ -1079,14 +1088,9 @@ class Figure:
             elbow = shoulder + 0.165 * aim(swing, spread, side)
             wrist = elbow + 0.15 * aim(swing + rng.uniform(0.1, 2), spread * rng.uniform(-0.3, 1), side)
             bend, spread = uniform(rng, (0, 0.4), (0.02, 0.3))
-            if stance == "stand":
-                swing = 0.4 * bend
-            elif stance == "walk":
-                swing = side * stride
-                bend += max(0, -swing)
-            else:
-                swing = 1.2 + bend
-                bend += 1.1
+            swing, more = {"stand": (0.4 * bend, 0), "walk": (side * stride, max(0, -side * stride)),
+                           "sit": (1.2 + bend, 1.1)}[stance]
+            bend += more
             hip = side * 0.052 * self.tall * self.left
             knee = hip + 0.245 * aim(swing, spread, side)
             ankle = knee + 0.24 * aim(swing - bend, 0.6 * spread, side)
@@ -1315,7 +1319,7 @@ def scan(root):
         yield root, f"{os.path.basename(root)}/" if tar else "", tar_images(root) if tar else list_images(root)
         return
     seen = set()  # links may form circles
-    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=complain):
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=leave_out):
         info = os.stat(folder)
         if (info.st_dev, info.st_ino) in seen:
             subfolders.clear()
@@ -1328,7 +1332,7 @@ def scan(root):
             if name.endswith(".tar") and name[0] != ".":
                 yield os.path.join(folder, name), f"{prefix}{name}/", tar_images(os.path.join(folder, name))
 
-def complain(error):
+def leave_out(error):
     print(f"data: left out {error.filename}: {error.strerror}", file=sys.stderr)
 
 def write_index(place, root, containers):
