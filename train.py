@@ -25,6 +25,7 @@ import zipfile
 from dataclasses import dataclass
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -130,7 +131,7 @@ def main(argv=None):
     clock = Clock(args, processes, model, teachers)
     ddp = processes.share(compiled(args, model, teachers, device), args.compress)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
-    may_teach = data.teacher_mask(groups, args.teachers, args.sharing)
+    may_teach = data.teacher_mask(groups, args.teachers, args.sharing).numpy()
     batches = data.batches(groups, args.image_size, args.batch, args.seed, processes.rank, processes.world, start,
                            args.workers, scale=(args.crop, 1.0), colour=args.colour)
     log = Log(args, processes, start)
@@ -141,7 +142,7 @@ def main(argv=None):
             batch = log.waiting(batches)                             # this process's share of global batch `step`
             torch.manual_seed(seed_of(args, step) + processes.rank)  # chance is a function of the step: nothing to save
             images = data.augment(batch["image"].to(device, non_blocking=True), batch["params"])
-            allowed = may_teach[batch["group"]]                      # [b, T]: may teacher j teach image i?
+            allowed = may_teach[batch["group"].numpy()]              # [b, T]: may teacher j teach image i?
             rows = {t: rows_where(allowed[:, j]) for j, t in enumerate(args.teachers)}
             noise = drop_noise(args, processes, step)                # [b, T]
         with clock.span("teachers"):                                 # 1. the frozen teachers, each on its images
@@ -195,12 +196,17 @@ def drop_noise(args, processes, step):
     noise = torch.rand(args.batch, len(args.teachers), generator=chance)
     return noise.chunk(processes.world)[processes.rank]
 
+# Which images a teacher teaches is known on the host, as numpy arrays: asking a device would wait for it.
+
 def rows_where(allowed):
-    """Indices of the images, [b] bool, that a teacher teaches; slice(None) if it is all of them. On the host."""
-    return slice(None) if allowed.all() else allowed.nonzero()[:, 0]
+    """Indices of the images, [b] bool, that a teacher teaches; slice(None) if it is all of them."""
+    return slice(None) if allowed.all() else np.flatnonzero(allowed)
+
+def there(array, device):
+    return torch.from_numpy(array).to(device, non_blocking=True)
 
 def take(images, rows):
-    return images[rows if isinstance(rows, slice) else rows.to(images.device, non_blocking=True)]
+    return images[rows if isinstance(rows, slice) else there(rows, images.device)]
 
 @dataclass
 class Part:
@@ -219,18 +225,17 @@ def parts(number, images, rows, features, allowed, noise, ddp):
     not teach that image: its projector must take part in every backward pass, or DDP would wait for it for ever.
     """
     device = images.device
-    allowed, noise = (x.to(device, non_blocking=True) for x in (allowed, noise))
-    sizes = [len(chunk) for chunk in torch.arange(len(images)).tensor_split(number)]
-    first = 0
-    for size in sizes:
-        last = first + size
+    allowed = there(allowed, device)
+    noise = noise.to(device, non_blocking=True)
+    edges = [len(images) * i // number for i in range(number + 1)]
+    for first, last in zip(edges, edges[1:]):
         mine, targets = {}, {}
         for t, index in rows.items():
             low, high = first, last
             mine[t] = index
             if not isinstance(index, slice):
-                low, high = torch.searchsorted(index, torch.tensor([first, last])).tolist()
-                mine[t] = (index[low:high] - first).to(device, non_blocking=True)
+                low, high = np.searchsorted(index, (first, last))
+                mine[t] = there(index[low:high] - first, device)
             known = {kind: x for kind, x in features[t].items() if x is not None}
             targets[t] = {kind: x[low:high] for kind, x in known.items()}
             if low == high:
@@ -239,7 +244,6 @@ def parts(number, images, rows, features, allowed, noise, ddp):
         wait = last < len(images) and isinstance(ddp, DistributedDataParallel)
         yield Part(images[first:last], mine, targets, allowed[first:last], noise[first:last],
                    ddp.no_sync() if wait else contextlib.nullcontext())
-        first = last
 
 def update(parameters, optimizer, scale, clip):
     """Scale the gradients, clip each tensor's norm on its own, step; what is not finite is skipped, all on the device.
