@@ -242,13 +242,15 @@ class Projector(nn.Module):
         return {}
 
 class TransformerProjector(Projector):
-    """TP, DUNE's own (paper section 3.2): one ViT block at the student's width, then Linear; all tokens together."""
+    """TP, DUNE's own (paper section 3.2): one ViT block at the student's width, then Linear; all tokens together.
+
+    It starts from torch's own initialisation of Linear, as published, unlike the encoder.
+    """
 
     def __init__(self, encoder, out, has_cls=True):
         super().__init__()
         self.blocks = nn.ModuleList([Block(encoder.embed_dim, encoder.blocks[0].attn.heads, layer_scale=1e-4)])
         self.linear = nn.Linear(encoder.embed_dim, out)
-        self.apply(init_linear)
 
     def forward(self, tokens):
         return self.linear(self.blocks[0](tokens))

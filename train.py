@@ -74,7 +74,8 @@ PRESETS = {
     "stage2": dict(image_size=448, epochs=50.0, lr=5e-5),          # with --init out/stage1/checkpoint.pt
     "small": dict(arch="small"),
     "unic": dict(teachers="dino,deit3,ibot,dbotft", patch_size=16, image_size=224, registers=0, layer_scale=0.0,
-                 drop_path=0.1, projector="lp", norm="unic", epochs=200.0, warmup=0.05, crop=0.08),
+                 drop_path=0.1, projector="lp", norm="unic", epochs=200.0, warmup=0.05, crop=0.08,
+                 clip=0.0, eps=1e-8),
     "tiny": dict(arch="tiny", image_size=112, batch=32, steps=1500, sharing="own", lr=28e-3, warmup=0.1,
                  layer_scale=0.0, crop=1.0, colour=0.0),
 }
@@ -321,7 +322,7 @@ def build_student(args, teachers, state):
     elif args.init:
         start = dune.load(args.init)
         if start.encoder.grid != encoder.grid:  # another image size: positions are resized once and for all
-            grid = start.encoder.positions(encoder.grid, encoder.grid)
+            grid = start.encoder.positions(encoder.grid, encoder.grid, "size")
             start.encoder.pos_embed = nn.Parameter(torch.cat([start.encoder.pos_embed[:, :1], grid], 1).detach())
         dune.load_strictly(encoder, start.encoder.state_dict(), args.init)
         for t in set(teachers) & set(start.projectors):
