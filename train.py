@@ -456,16 +456,10 @@ class Log:
         return record
 
     def append(self, path, text):
-        """Add to a file; what the disk refuses is taken back and told, and the run goes on."""
+        """Add to a file; what the disk refuses is told, and the run goes on."""
         try:
             with open(path, "a") as file:
-                end = file.tell()
-                try:
-                    file.write(text)
-                    file.flush()
-                except OSError:
-                    file.truncate(end)
-                    raise
+                file.write(text)
         except OSError as error:
             self.bar.write(f"warning: cannot write {path}: {error.strerror}", file=sys.stderr)
 

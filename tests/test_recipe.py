@@ -1,4 +1,4 @@
-"""The published recipes' numbers, copied here with their sources, hold for each preset; the README tells what differs."""
+"""The published recipes' numbers, copied here with their sources, hold for each preset; the README says what differs"""
 import math
 
 import numpy as np
