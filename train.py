@@ -89,7 +89,8 @@ MACHINE = {
     "val": option([], "held-out images for the table at the end, like --data", metavar="TEACHER=SOURCE"),
     "weights": option([], "a teacher's weights, instead of downloading them", metavar="TEACHER=FILE"),
     "random_teachers": option(False, "random weights of the published size: for measuring only"),
-    "init": option(None, "start from this student (another image size is fine)", metavar="CHECKPOINT"),
+    "init": option(None, "start from this student, or a teacher's encoder of its shape (another image size is fine)",
+                   metavar="CHECKPOINT|TEACHER"),
     "out": option(None, "folder of the run; default out/PRESET", metavar="FOLDER"),
     "resume": option("yes", "continue the run that --out holds, or begin anew", choices=("yes", "no")),
     "log_every": option(10, "steps between lines of the log (the only place that waits for the device)", 1),
@@ -128,7 +129,8 @@ def main(argv=None):
     start = checkpoint.restore(optimizer)
     describe(args, processes, model)
     grid = (args.image_size // args.patch_size,) * 2
-    checkpoint.before = checkpoint.before or evaluation.held_out_losses(model, teachers, held_out["image"], grid)
+    if not checkpoint.before and not args.bench:
+        checkpoint.before = evaluation.held_out_losses(model, teachers, held_out["image"], grid)
     clock = Clock(args, processes, model, teachers)
     ddp = processes.share(compiled(args, model, teachers, device), args.compress)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
@@ -319,16 +321,26 @@ def build_student(args, teachers, state):
     encoder.checkpoint_blocks = args.recompute
     if state:
         dune.load_strictly(model, state["model"], f"{args.out}/checkpoint.pt")
+    elif args.init in zoo.TEACHERS:
+        start_from(encoder, zoo.load_teacher(args.init, args.weights.get(args.init)).vit, args.init)
     elif args.init:
         start = dune.load(args.init)
-        if start.encoder.grid != encoder.grid:  # another image size: positions are resized once and for all
-            grid = start.encoder.positions(encoder.grid, encoder.grid, "size")
-            start.encoder.pos_embed = nn.Parameter(torch.cat([start.encoder.pos_embed[:, :1], grid], 1).detach())
-        dune.load_strictly(encoder, start.encoder.state_dict(), args.init)
+        start_from(encoder, start.encoder, args.init)
         for t in set(teachers) & set(start.projectors):
             dune.load_strictly(model.projectors[t], start.projectors[t].state_dict(), args.init)
             dune.load_strictly(model.teacher_norms[t], start.teacher_norms[t].state_dict(), args.init)
     return model
+
+def start_from(encoder, other, path):
+    """Load another encoder of the same shape. Positions of another grid are resized, to the size; registers that it
+    lacks stay the new ones."""
+    state = other.state_dict()
+    if other.pos_embed is not None and other.grid != encoder.grid:
+        grid = other.positions(encoder.grid, encoder.grid, "size")
+        state["pos_embed"] = torch.cat([state["pos_embed"][:, :-other.grid**2], grid], 1)
+    if other.register_tokens is None and encoder.register_tokens is not None:
+        state["register_tokens"] = encoder.register_tokens.detach()
+    dune.load_strictly(encoder, state, path)
 
 def compiled(args, model, teachers, device):
     """The model, it and the teachers compiled for the shapes of training alone; nothing else may run through them."""
@@ -812,7 +824,7 @@ def check(args, processes):
     weights = {}
     for item in args.weights:
         name, equals, path = item.partition("=")
-        if not equals or name not in args.teachers:
+        if not equals or name not in (*args.teachers, args.init):
             raise Oops(f"--weights {item}: write TEACHER=FILE, of the run's teachers: {', '.join(args.teachers)}")
         weights[name] = path
     args.weights = weights
