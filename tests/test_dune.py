@@ -237,13 +237,13 @@ def test_foreign_files_are_refused_in_one_line(content, message, tmp_path):
 
 def test_a_changed_tensor_is_named(tmp_path):
     state = small().state_dict()
-    changes = {"lacks tensor norm.weight": lambda s: s.pop("encoder.norm.weight"),
-               "unknown tensor extra": lambda s: s.update({"encoder.extra": torch.zeros(1)}),
-               r"wrong shape for tensor norm.weight \(\[1\], expected \[64\]\)":
+    changes = {"lacks tensor encoder.norm.weight": lambda s: s.pop("encoder.norm.weight"),
+               "unknown tensor encoder.extra": lambda s: s.update({"encoder.extra": torch.zeros(1)}),
+               r"wrong shape for tensor encoder.norm.weight \(\[1\], expected \[64\]\)":
                    lambda s: s.update({"encoder.norm.weight": torch.zeros(1)}),
-               "no numbers in tensor norm.weight":
+               "no numbers in tensor encoder.norm.weight":
                    lambda s: s.update({"encoder.norm.weight": torch.ones(64, dtype=torch.int64)}),
-               "NaN or infinity in tensor norm.weight":
+               "NaN, infinity or senseless numbers in tensor encoder.norm.weight":
                    lambda s: s.update({"encoder.norm.weight": torch.full((64,), torch.nan)})}
     for message, change in changes.items():
         other = dict(state)
