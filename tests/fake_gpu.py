@@ -162,21 +162,85 @@ def strict(gpu, monkeypatch):
     monkeypatch.setattr(train.Log, "step", end)
     return gpu
 
-@pytest.mark.parametrize("options", [
-    "",
-    "--sharing own",
-    "--sharing own --batch 2",  # one teacher has no image
-    "--accumulate 3",
-    "--sharing own --accumulate 5",
-    "--projector lp --norm unic --drop-path 0.1",
-    "--projector sp",
-    "--recompute",
-    "--recompute --sharing own --dtype bf16",
-    "--dtype bf16",
-    "--clip 0",
-])
+RUNS = {
+    "defaults": "",
+    "own images": "--sharing own",
+    "a teacher without an image": "--sharing own --batch 2",
+    "parts": "--sharing own --accumulate 5",
+    "UNIC's ladder": "--projector lp --norm unic --drop-path 0.1",
+    "recompute": "--recompute --projector sp",
+    "bf16": "--dtype bf16",
+    "no clipping": "--clip 0",
+}
+
+@pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
 def test_a_run(options, strict, tmp_path):
     train.main([*SMALL, *options.split(), "--out", str(tmp_path)])
-    line = json.loads((tmp_path / "log.jsonl").read_text())
-    assert line["step"] == 2
-    assert {"checkpoint.pt", "log.jsonl", "pca.png"} == set(os.listdir(tmp_path))
+    assert json.loads((tmp_path / "log.jsonl").read_text())["step"] == 2
+    assert set(os.listdir(tmp_path)) == {"checkpoint.pt", "log.jsonl", "pca.png"}
+
+def left_on_the_cpu(losses, coefficients):
+    return losses.sum() + torch.ones(1), coefficients.sum()
+
+def read_on_the_host(losses, coefficients):
+    return losses.sum() * losses.sum().item(), coefficients.sum()
+
+def copied_to_the_host(losses, coefficients):
+    return losses.sum(), coefficients.cpu().sum()
+
+def asks_how_many(losses, coefficients):
+    return losses[coefficients > 0].sum(), coefficients.sum()
+
+@pytest.mark.parametrize("wrong, error", [
+    (left_on_the_cpu, "at least two devices"),
+    (read_on_the_host, "needs values"),
+    (asks_how_many, "needs values"),
+    (copied_to_the_host, "waits for its copy"),
+])
+def test_what_would_fail_or_wait_on_a_gpu_is_seen(wrong, error, strict, tmp_path, monkeypatch):
+    monkeypatch.setattr(dune, "weighted_sum", wrong)
+    with pytest.raises(RuntimeError, match=error):
+        train.main([*SMALL, "--out", str(tmp_path)])
+
+# ---- What a GPU is asked ---------------------------------------------------------------------------------------------
+
+class Event:
+    """In place of torch.cuda.Event: each takes place 1 ms after the one before."""
+    recorded = 0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        Event.recorded += 1
+        self.time = Event.recorded
+
+    def elapsed_time(self, end):
+        return float(end.time - self.time)
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_events_are_recorded_for_bench_alone(steps, gpu, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Event, "recorded", 0)
+    train.main([*SMALL, "--bench", str(steps), "--out", str(tmp_path)])
+    assert bool(Event.recorded) == ("ms/step" in capsys.readouterr().out) == bool(steps)
+
+def test_bf16_is_taken_where_the_gpu_multiplies_it(gpu, monkeypatch):
+    """Not where torch emulates it."""
+    for supported in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or supported)
+        assert dune.fast_bf16(CUDA) == supported
+
+def test_processes_on_gpus_talk_by_nccl_and_wait_for_each_other_as_hosts(gpu, monkeypatch):
+    """The first one may take long, to fetch weights: all groups are patient."""
+    groups = {}
+
+    def group(backend, timeout, **options):
+        groups[backend] = timeout.total_seconds()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(train.dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(train, "fresh_store", lambda rank: None)
+    monkeypatch.setattr(train.dist, "init_process_group", group)
+    monkeypatch.setattr(train.dist, "new_group", group)
+    train.Processes("cuda")
+    assert groups.keys() == {"nccl", "gloo"} and min(groups.values()) >= 3600
