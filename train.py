@@ -766,7 +766,8 @@ def count_flops(model, teachers, args):
     for kind, module in [("student", model), *(("teachers", teacher) for teacher in teachers.values())]:
         module = copy.deepcopy(module).to("meta", torch.float32)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            module(image, *([grid] if kind == "teachers" else []))
+            # a teacher's forward() asks for autocast, which "meta" has none of
+            module.features(image, grid) if kind == "teachers" else module(image)
         counts[kind] += counter.get_total_flops()
     return counts
 
