@@ -146,6 +146,30 @@ def load_teacher(name, weights=None, device="cpu", dtype=torch.float32):
     return FrozenTeacher(name, vit).to(device, dtype)
 
 
+# ------------------------------------------------------------------------------------------------------------ training
+def fit(parameters, loss, steps, lr, weight_decay=1e-2, betas=(0.9, 0.999), clip=0.0, what=None):
+    """The training loop of all small things (probes, specialists, decoders): AdamW with a one-cycle learning rate.
+
+    parameters  a list of tensors, or of param groups, which may have their own "lr" (its peak) and "weight_decay"
+    loss        loss(step) gives what this step minimises, a scalar
+    betas       the first swings by 0.05 around its value while the rate rises and falls, as one-cycle wants
+    clip        the largest norm of the gradient of all parameters together; 0: any
+    what        a name for a progress bar; None: no bar
+    """
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=betas, fused=True)
+    groups = optimizer.param_groups
+    swing = {"base_momentum": betas[0] - 0.05, "max_momentum": betas[0] + 0.05}
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=[group["lr"] for group in groups], total_steps=steps + 1, pct_start=0.1, **swing)
+    for step in tqdm(range(steps), what, leave=False, disable=what is None):
+        optimizer.zero_grad()
+        loss(step).backward()
+        if clip:
+            nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], clip)
+        optimizer.step()
+        schedule.step()
+
+
 # -------------------------------------------------------------------------------------------------------------- the probes
 # What can be read off features on the procedural scenes by linear layers. With a frozen encoder this measures it (eval.py study);
 # with an encoder that learns along it makes a tiny specialist.
