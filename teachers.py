@@ -4,12 +4,11 @@
     tokens = teacher(images, grid=(24, 24))       # {"cls": None, "patch": [B, 576, 1024]}, whatever its own patch size
 
 Then how the specialists learn from labelled scenes, and MASt3R's two-view decoder, on its own encoder or on a DUNE.
+`python teachers.py` prints the table.
 """
 
 import argparse
-import contextlib
 import hashlib
-import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -28,14 +27,16 @@ from dune import Attention, Mlp, Oops, SIZES, ViT
 
 @dataclass(frozen=True)
 class Teacher:
-    """One row of TEACHERS: where the weights are, how to find the encoder in the file, how it differs from a plain ViT."""
-    url: str
+    """One row of TEACHERS: where its weights are, where the encoder is in the file, how it differs from a plain ViT."""
+    url: str                     # of its file; of a gated one: of the page to ask for it
     license: str
+    gated: str = ""              # what to ask for there
     inside: str = ""             # the key of the file that holds the state dict ("" = the file is it)
     prefix: str = ""             # regular expression: the encoder's keys begin so, which is cut off; others stay out
     rename: dict = field(default_factory=dict)  # regular expression -> replacement, towards DINOv2's key names
     ignore: str = r"$^"          # then: keys (regular expression) in the published file that are not the encoder's
-    position: str = "offset"     # see ViT
+    layout: str = ""             # what renaming cannot do: a name of LAYOUTS
+    vit: dict = field(default_factory=dict)     # options of ViT that the tensors do not show: position, eps, gelu
     pool: str = ""               # what its class feature is: "" = its class token, or see FrozenTeacher
     distil_cls: bool = True      # whether its class token is worth learning: Multi-HMR never trained its own
     mean: tuple = IMAGENET_MEAN  # the normalisation that this teacher's images want
@@ -48,58 +49,103 @@ META = "https://dl.fbaipublicfiles.com/"
 DINOV2 = META + "dinov2/{0}/{0}{1}_pretrain.pth"
 NAVER = "https://download.europe.naverlabs.com/ComputerVision/"
 BYTE = "https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/"
+HUB = "https://huggingface.co/"
+DEPTH = HUB + "depth-anything/Depth-Anything-V2-{}/resolve/main/depth_anything_v2_{}.pth"
 HALF = (0.5, 0.5, 0.5)
-VIT_L14 = dict(patch_size=14, image_size=518, registers=0, **SIZES["large"])
-VIT_B16 = dict(patch_size=16, image_size=224, registers=0, layer_scale=None, **SIZES["base"])
+
+# Published sizes, and what families have in common
+VIT_S14, VIT_B14, VIT_L14 = [dict(SIZES[size], patch_size=14, image_size=518, registers=0)
+                             for size in ("small", "base", "large")]
+VIT_S16, VIT_B16, VIT_L16 = [dict(SIZES[size], patch_size=16, image_size=224, registers=0, layer_scale=None)
+                             for size in ("small", "base", "large")]
+VIT_T16 = dict(VIT_S16, embed_dim=192, num_heads=3)
+SCALE = dict(layer_scale=1e-4)
+REGISTERS = dict(SCALE, registers=4)
+CROCO = dict(license="CC BY-NC-SA 4.0", inside="model", prefix=r"enc_(?=blocks|norm)|(?=patch_embed\.)", domain="rooms",
+             vit=dict(position="rope"), shape=dict(VIT_L16, class_token=False))
+DUNE = dict(license="CC BY-NC-SA 4.0", inside="model", prefix=r"((module|_orig_mod)\.)*encoder\.")
+DEPTH_ANYTHING = dict(prefix=r"pretrained\.", distil_cls=False, domain="rooms")  # its head reads patches alone
+V3 = dict(layout="dinov3", ignore=r"local_cls_norm\.", vit=dict(position="rope_centred", eps=1e-5), generic=True,
+          rename={r"^storage_tokens$": "register_tokens", r"^rope_embed\.periods$": "rope_periods"})
+DINOV3 = dict(V3, url="https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/", license="DINOv3 License")
+EUPE = dict(V3, license="FAIR noncommercial", gated="its .pt file")
+SIGLIP = dict(license="Apache-2.0", layout="siglip", prefix=r"vision_model\.", pool="attention", generic=True,
+              vit=dict(position="size", gelu="tanh"), mean=HALF, std=HALF,
+              rename={r"^embeddings\.patch_embedding\.": "patch_embed.proj.", r"^encoder\.layers\.": "blocks.",
+                      r"^embeddings\.position_embedding\.weight$": "pos_embed", r"\.layer_norm(\d)\.": r".norm\1.",
+                      r"\.self_attn\.out_proj\.": ".attn.proj.", r"^post_layernorm\.": "norm.", r"^head\.": "pool."})
 
 TEACHERS = {
-    # DUNE's three: 2D, 3D scenes, 3D people. Its DINOv2 has positions as those without registers; the hub's is dinov2_reg.
+    # DUNE's three: 2D, 3D scenes, 3D people. Its DINOv2 resizes positions as those without registers do.
     "dinov2": Teacher(DINOV2.format("dinov2_vitl14", "_reg4"), "Apache-2.0", generic=True,
-                      shape=dict(VIT_L14, registers=4)),
-    "mast3r": Teacher(NAVER + "MASt3R/MASt3R_ViTLarge_BaseDecoder_512_catmlpdpt_metric.pth", "CC BY-NC-SA 4.0",
-                      domain="rooms", inside="model", prefix=r"enc_(?=blocks|norm)|(?=patch_embed\.)", position="rope",
-                      mean=HALF, std=HALF, shape=dict(VIT_L14, patch_size=16, class_token=False, layer_scale=None)),
-    "multihmr": Teacher(NAVER + "MultiHMR/multiHMR_672_L.pt", "CC BY-NC-SA 4.0", domain="people",
-                        inside="model_state_dict", prefix=r"backbone\.encoder\.", distil_cls=False, shape=VIT_L14),
-    # DINOv2 as the hub builds it, and smaller ones without registers
-    "dinov2_reg": Teacher(DINOV2.format("dinov2_vitl14", "_reg4"), "Apache-2.0", generic=True, position="antialias",
-                          shape=dict(VIT_L14, registers=4)),
-    "dinov2_vits14": Teacher(DINOV2.format("dinov2_vits14", ""), "Apache-2.0", generic=True,
-                             shape=dict(VIT_L14, **SIZES["small"])),
-    "dinov2_vitb14": Teacher(DINOV2.format("dinov2_vitb14", ""), "Apache-2.0", generic=True,
-                             shape=dict(VIT_L14, **SIZES["base"])),
-    # UNIC's four, all ViT-B/16 at 224 px
+                      shape=VIT_L14 | REGISTERS),
+    "mast3r": Teacher(NAVER + "MASt3R/MASt3R_ViTLarge_BaseDecoder_512_catmlpdpt_metric.pth",
+                      mean=HALF, std=HALF, **CROCO),
+    "multihmr": Teacher(NAVER + "MultiHMR/multiHMR_672_L.pt", "CC BY-NC-SA 4.0", inside="model_state_dict",
+                        prefix=r"backbone\.encoder\.", distil_cls=False, domain="people", shape=VIT_L14),
+    # DINOv2 as its hub builds it, and smaller ones without registers
+    "dinov2_reg": Teacher(DINOV2.format("dinov2_vitl14", "_reg4"), "Apache-2.0", generic=True,
+                          vit=dict(position="antialias"), shape=VIT_L14 | REGISTERS),
+    "dinov2_vits14": Teacher(DINOV2.format("dinov2_vits14", ""), "Apache-2.0", generic=True, shape=VIT_S14),
+    "dinov2_vitb14": Teacher(DINOV2.format("dinov2_vitb14", ""), "Apache-2.0", generic=True, shape=VIT_B14),
+    # UNIC's four
     "dino": Teacher(META + "dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", "Apache-2.0", shape=VIT_B16),
     "ibot": Teacher(BYTE + "archive/2022/ibot/vitb_16_rand_mask/checkpoint_teacher.pth", "Apache-2.0",
                     inside="state_dict", shape=VIT_B16),
-    "deit3": Teacher(META + "deit/deit_3_base_224_1k.pth", "Apache-2.0", inside="model", ignore=r"head\.",
-                     rename={r"\.gamma_(\d)$": r".ls\1.gamma"}, shape=dict(VIT_B16, layer_scale=1e-4)),
+    "deit3": Teacher(META + "deit/deit_3_base_224_1k.pth", "Apache-2.0", inside="model", layout="deit3",
+                     ignore=r"head\.", rename={r"\.gamma_(\d)$": r".ls\1.gamma"}, shape=VIT_B16 | SCALE),
     "dbotft": Teacher(BYTE + "mmodal/dbot/84.5_dbot_base_finetune.pth", "CC BY-NC 4.0", inside="model",
                       rename={r"^fc_norm\.": "norm."}, ignore=r"head\.", pool="mean", shape=VIT_B16),
+    # DUNE, as teacher of the next one: these, or any checkpoint of ours by --weights
+    "dune_base": Teacher(dune.PUBLISHED.format("dune_vitbase14_448"), shape=VIT_B14 | REGISTERS, **DUNE),
+    "dune_small": Teacher(dune.PUBLISHED.format("dune_vitsmall14_448"), shape=VIT_S14 | REGISTERS, **DUNE),
+    # 3D scenes and depth
+    "dust3r": Teacher(NAVER + "DUSt3R/DUSt3R_ViTLarge_BaseDecoder_512_dpt.pth", mean=HALF, std=HALF, **CROCO),
+    "croco": Teacher(NAVER + "CroCo/CroCo_V2_ViTLarge_BaseDecoder.pth", **CROCO),
+    "vggt": Teacher(HUB + "facebook/VGGT-1B/resolve/main/model.pt", "VGGT, non-commercial", domain="rooms",
+                    prefix=r"aggregator\.patch_embed\.", vit=dict(position="antialias"), distil_cls=False,
+                    shape=VIT_L14 | REGISTERS),
+    "depth_anything_v2_vits": Teacher(DEPTH.format("Small", "vits"), "Apache-2.0", shape=VIT_S14, **DEPTH_ANYTHING),
+    "depth_anything_v2_vitb": Teacher(DEPTH.format("Base", "vitb"), "CC BY-NC 4.0", shape=VIT_B14, **DEPTH_ANYTHING),
+    "depth_anything_v2_vitl": Teacher(DEPTH.format("Large", "vitl"), "CC BY-NC 4.0", shape=VIT_L14, **DEPTH_ANYTHING),
+    # Of images alone, or of images and text
+    "mae_vitl16": Teacher(META + "mae/pretrain/mae_pretrain_vit_large.pth", "CC BY-NC 4.0", inside="model",
+                          distil_cls=False, vit=dict(position="size"), shape=VIT_L16),
+    "siglip2_vitb16": Teacher(HUB + "google/siglip2-base-patch16-256/resolve/main/model.safetensors",
+                              shape=dict(VIT_B16, image_size=256, class_token=False), **SIGLIP),
+    "siglip2_vitl16": Teacher(HUB + "google/siglip2-large-patch16-256/resolve/main/model.safetensors",
+                              shape=dict(VIT_L16, image_size=256, class_token=False), **SIGLIP),
+    "dinov3_vits16": Teacher(gated="dinov3_vits16_pretrain_lvd1689m-*.pth", shape=VIT_S16 | REGISTERS, **DINOV3),
+    "dinov3_vitb16": Teacher(gated="dinov3_vitb16_pretrain_lvd1689m-*.pth", shape=VIT_B16 | REGISTERS, **DINOV3),
+    "dinov3_vitl16": Teacher(gated="dinov3_vitl16_pretrain_lvd1689m-*.pth", shape=VIT_L16 | REGISTERS, **DINOV3),
+    "eupe_vitt16": Teacher(HUB + "facebook/EUPE-ViT-T", shape=VIT_T16 | REGISTERS, **EUPE),
+    "eupe_vits16": Teacher(HUB + "facebook/EUPE-ViT-S", shape=VIT_S16 | REGISTERS, **EUPE),
+    "eupe_vitb16": Teacher(HUB + "facebook/EUPE-ViT-B", shape=VIT_B16 | REGISTERS, **EUPE),
 }
 
 # ---- The frozen teacher ----------------------------------------------------------------------------------------------
 
 class FrozenTeacher(nn.Module):
-    """A teacher's encoder behind one interface: ImageNet-normalised images in, tokens on the asked grid out, no gradient.
+    """A teacher's encoder behind one interface: ImageNet-normalised images in, tokens on the asked grid out, frozen.
 
-    pool "mean": the class feature is norm(mean of the patch tokens), and the patch tokens stay without norm (dBOT).
-    dtype bf16: the weights of matrix products are bf16 and run under autocast; all else, what goes from block to block
-    too, is fp32. The features have this dtype.
+    pool    the source of the class feature, if not a class token: "mean" of the patch tokens, which then goes through the
+            norm while they stay without (dBOT); or an AttentionPool of them (SigLIP)
+    dtype   bf16: so are the weights of matrix products, which run under autocast; all else is fp32, also what goes from
+            block to block. The features have this type.
     """
 
-    def __init__(self, name, vit, dtype=torch.float32):
+    def __init__(self, name, vit, pool=None, dtype=torch.float32):
         super().__init__()
         row = TEACHERS[name]
         self.name = name
         self.vit = vit
-        self.pool = row.pool
+        self.pool = pool
         self.dtype = dtype
         self.dim = vit.embed_dim
         self.patch_size = vit.patch_size
-        self.gives_cls = bool(row.pool) or vit.cls_token is not None
+        self.gives_cls = bool(pool) or vit.cls_token is not None
         self.has_cls = self.gives_cls and row.distil_cls  # whether a student learns a class token from it
-        self.renormalise = Renormalise(IMAGENET_MEAN, IMAGENET_STD, row.mean, row.std)
+        self.prepare = Prepare(IMAGENET_MEAN, IMAGENET_STD, row.mean, row.std)
         self.eval().requires_grad_(False)
         if dtype != torch.float32:
             for module in self.modules():
@@ -110,66 +156,85 @@ class FrozenTeacher(nn.Module):
     def forward(self, images, grid=None):
         """images [B, 3, H, W], ImageNet-normalised -> {"cls": [B, D] or None, "patch": [B, rows*cols, D]}.
 
-        grid (rows, cols): the token grid that is wanted; images of another size are resized to it (bicubic). None: as the
-        images are. No images: empty features.
+        grid (rows, cols): the token grid that is wanted; images of another size are resized to it. None: as they are.
+        No images: empty features.
         """
         if len(images) == 0:
             rows, cols = grid or [side // self.patch_size for side in images.shape[-2:]]
             cls = images.new_empty(0, self.dim, dtype=self.dtype) if self.gives_cls else None
             return {"cls": cls, "patch": images.new_empty(0, rows * cols, self.dim, dtype=self.dtype)}
-        autocast = contextlib.nullcontext()
-        if self.dtype != torch.float32:
-            autocast = torch.autocast(images.device.type, self.dtype)
-        with autocast:
+        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
             features = self.features(images, grid)
         return {kind: None if x is None else x.to(self.dtype) for kind, x in features.items()}
 
     def features(self, images, grid=None):
         """forward(), with gradient: for a specialist that still learns."""
-        if grid is not None:
-            size = tuple(n * self.patch_size for n in grid)
-            if images.shape[-2:] != size:
-                images = F.interpolate(images, size, mode="bicubic", align_corners=True)
-        features = self.vit(self.renormalise(images), norm=self.pool != "mean")
+        size = tuple(n * self.patch_size for n in grid) if grid else images.shape[-2:]
+        features = self.vit(self.prepare(images, size), norm=self.pool != "mean")
         if self.pool == "mean":
             features["cls"] = self.vit.norm(features["patch"].mean(1))
+        elif self.pool:
+            features["cls"] = self.pool(features["patch"])
         return features
 
-class Renormalise(nn.Module):
-    """Images [B, 3, H, W] from one normalisation into another, as one multiplication and one addition, in fp32."""
+class Prepare(nn.Module):
+    """Images [B, 3, H, W] as an encoder wants them: of this size (bicubic), from one normalisation into another."""
 
     def __init__(self, mean, std, new_mean, new_std):
         super().__init__()
         gain = [s / t for s, t in zip(std, new_std)]
         offset = [(m - n) / t for m, n, t in zip(mean, new_mean, new_std)]
-        # "cpu": real numbers also where a model is made without content
-        self.register_buffer("gain", torch.tensor(gain, device="cpu")[:, None, None], persistent=False)
-        self.register_buffer("offset", torch.tensor(offset, device="cpu")[:, None, None], persistent=False)
+        for key, value in (("gain", gain), ("offset", offset)):  # "cpu": also in a model that is made on "meta"
+            self.register_buffer(key, torch.tensor(value, device="cpu")[:, None, None], persistent=False)
 
-    def forward(self, images):
+    def forward(self, images, size):
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size, mode="bicubic", align_corners=True)
         return images * self.gain + self.offset
+
+class AttentionPool(nn.Module):
+    """SigLIP's class feature: a learned query (the probe) looks at the patch tokens. [B, N, D] -> [B, D]"""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.probe = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
+        self.attention = nn.MultiheadAttention(dim, dim // 64, batch_first=True)
+        self.layernorm = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, 4 * dim, gelu="tanh")
+
+    def forward(self, tokens):
+        query = self.probe.expand(len(tokens), -1, -1)
+        x = self.attention(query, tokens, tokens, need_weights=False)[0][:, 0]
+        return x + self.mlp(self.layernorm(x))
 
 def load_teacher(name, weights=None, device="cpu", dtype=torch.float32):
     """A frozen teacher (FrozenTeacher), its size read off the weights.
 
     name     a row of TEACHERS
-    weights  a file in the published layout; "random" for random weights of the published size; None: the published
-             file, downloaded
+    weights  a file in the published layout; "random": random weights of the published size; None: the published file,
+             downloaded
     Raises Oops for an unknown name and for a file that is missing, unreadable or of another layout (naming the tensor).
     """
     if name not in TEACHERS:
         raise Oops(f"unknown teacher '{name}'; there are: {', '.join(TEACHERS)}")
     row = TEACHERS[name]
+    if row.gated and not weights:
+        raise Oops(f"{name} is not open to all: ask for {row.gated} at {row.url} and pass it, --weights {name}=FILE")
     if weights == "random":
-        vit = ViT(position=row.position, **row.shape)
+        vit = ViT(**row.shape, **row.vit)
+        pool = AttentionPool(vit.embed_dim) if row.pool == "attention" else row.pool
     else:
         path = weights or dune.fetch(row.url)
         state = encoder_state(name, dune.read_checkpoint(path), path)
-        vit = dune.load_strictly(dune.vit_from_state(state, path, position=row.position), state, path)
-    return FrozenTeacher(name, vit, dtype).to(device)
+        pool_state = {key: state.pop(key) for key in list(state) if key.startswith("pool.")}
+        vit = dune.load_strictly(dune.vit_from_state(state, path, **row.vit), state, path)
+        pool = row.pool
+        if pool == "attention":
+            pool = dune.load_strictly(AttentionPool(vit.embed_dim), dune.below(pool_state, "pool."), path)
+    return FrozenTeacher(name, vit, pool, dtype).to(device)
 
 def encoder_state(name, file, path):
-    """The encoder's tensors of a published file, under ViT's key names."""
+    """The encoder's tensors of a published file, under ViT's key names, and under "pool." those of an AttentionPool."""
     row = TEACHERS[name]
     part = dune.entry(file, row.inside, dict, path) if row.inside else file
     state = {}
@@ -181,14 +246,40 @@ def encoder_state(name, file, path):
                 key = re.sub(old, new, key)
             if not re.match(row.ignore, key):
                 state[key] = value
+    state = dune.plain_keys(state)
     if not state:
         raise Oops(f"{path} is no file of teacher {name}: nothing in it belongs to the encoder")
-    state = dune.plain_keys(state)
-    if "cls_token" in state and "pos_embed" in state and state["pos_embed"].ndim == 3:
-        patches = state["pos_embed"].shape[1]
-        if math.isqrt(patches)**2 == patches:  # DeiT-III's are of patches only: its class token has none, i.e. a zero
-            state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))
+    try:
+        if row.layout:
+            LAYOUTS[row.layout](state)
+        widths = [len(state[key]) for key in ("blocks.0.mlp.fc1.weight", "patch_embed.proj.weight")]
+    except (KeyError, RuntimeError, TypeError, IndexError):
+        widths = 0, 1
+    if widths[0] != 4 * widths[1]:
+        raise Oops(f"{path} is no file of teacher {name}, or of one that is not supported: MLPs of other than 4 times the "
+                   "width (SwiGLU, So400m, 7B), heads of other than 64 channels")
     return state
+
+def from_deit3(state):
+    """Its positions are those of the patches: the class token has none, which is a zero."""
+    state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))
+
+def from_dinov3(state):
+    """A mask multiplies the bias of q, k and v. The rotation pairs channel j of a head with j + 32, ours j with j + 16 in
+    either half: with the middle quarters of the rows of q and k swapped the one is the other."""
+    for key in [key for key in state if re.search(r"\.attn\.qkv\.(weight|bias)$", key)]:
+        rows = state[key] * state.pop(f"{key}_mask", 1)
+        q, k, v = rows.unflatten(0, (3, -1, 4, 16))
+        state[key] = torch.stack([q[:, [0, 2, 1, 3]], k[:, [0, 2, 1, 3]], v]).flatten(0, 3)
+
+def from_siglip(state):
+    """q, k and v are apart, and the positions have no batch dimension."""
+    state["pos_embed"] = state["pos_embed"][None]
+    for key in [key for key in state if ".self_attn.q_proj." in key]:
+        parts = [state.pop(key.replace(".q_proj.", f".{x}_proj.")) for x in "qkv"]
+        state[key.replace(".self_attn.q_proj.", ".attn.qkv.")] = torch.cat(parts)
+
+LAYOUTS = {"deit3": from_deit3, "dinov3": from_dinov3, "siglip": from_siglip}
 
 # ---- Training of small things ----------------------------------------------------------------------------------------
 
@@ -215,16 +306,13 @@ def fit(parameters, loss, steps, lr, weight_decay=1e-2, betas=(0.9, 0.999), clip
         schedule.step()
 
 # ---- Probes ----------------------------------------------------------------------------------------------------------
-# What linear layers can read off features on the procedural scenes. With a frozen encoder this measures it (eval.py
-# study); with an encoder that learns along it makes a tiny specialist. Each domain's probe has
-#   targets(scenes)           labels on the token grid from a batch of scenes (see data.py), on the scenes' device
-#   forward(features, targets)  the predictions that belong to them, from {"cls": [B, D] or None, "patch": [B, N, D]}
-#   loss(out, targets)        a scalar
-#   metrics(out, targets)     {name: number}
+# What linear layers read off features on the procedural scenes. On a frozen encoder this measures it (eval.py study);
+# with one that learns along it makes a tiny specialist. Each domain's probe has targets(scenes): labels on the token
+# grid, on the scenes' device; forward(features, targets): the predictions for them; loss and metrics (out, targets).
 
 def Probe(domain, dim, grid):
-    """The linear heads for one domain, for features with `dim` channels on a grid (rows, cols) of tokens."""
-    return PROBES[domain](dim, grid)
+    """The linear layers for one domain, for features with `dim` channels on a grid (rows, cols) of tokens."""
+    return {"objects": ObjectsProbe, "rooms": RoomsProbe, "people": PeopleProbe}[domain](dim, grid)
 
 class ObjectsProbe(nn.Module):
     """The kind of the object (from the class token, or the mean patch), and each patch's kind or background."""
@@ -248,15 +336,14 @@ class ObjectsProbe(nn.Module):
         return F.cross_entropy(out["kind"], targets["kind"]) + patch
 
     def metrics(self, out, targets):
-        """Accuracy of the kind and mean IoU of the patches over the kinds that there are, in %."""
-        guess, truth = out["patch"].argmax(-1), targets["patch"]
-        overlaps = []
-        for kind in truth.unique():
-            both = (guess == kind) & (truth == kind)
-            either = (guess == kind) | (truth == kind)
-            overlaps.append(both.sum() / either.sum())
-        right = out["kind"].argmax(-1) == targets["kind"]
-        return {"accuracy": 100 * right.float().mean().item(), "mIoU": 100 * torch.stack(overlaps).mean().item()}
+        """Accuracy of the kind and mean IoU of the patches, over the kinds that there are, in %."""
+        right = (out["kind"].argmax(-1) == targets["kind"]).float().mean()
+        classes = out["patch"].shape[-1]
+        pairs = targets["patch"] * classes + out["patch"].argmax(-1)
+        counts = pairs.flatten().bincount(minlength=classes**2).view(classes, classes)  # [truth, guess]
+        truth, guess, both = counts.sum(1), counts.sum(0), counts.diag()
+        overlap = (both / (truth + guess - both))[truth > 0].mean()
+        return {"accuracy": 100 * right.item(), "mIoU": 100 * overlap.item()}
 
 class RoomsProbe(nn.Module):
     """Each patch's log depth and surface normal."""
@@ -268,11 +355,13 @@ class RoomsProbe(nn.Module):
 
     def targets(self, scenes):
         maps = torch.cat([scenes["depth"].log()[:, None], scenes["normals"].permute(0, 3, 1, 2)], 1)
-        depth, normals = F.adaptive_avg_pool2d(maps, self.grid).flatten(2).mT.split([1, 3], -1)
-        return {"depth": depth, "normals": F.normalize(normals, dim=-1)}
+        return self.parts(F.adaptive_avg_pool2d(maps, self.grid).flatten(2).mT)
 
     def forward(self, features, targets):
-        depth, normals = self.patch(features["patch"]).split([1, 3], -1)
+        return self.parts(self.patch(features["patch"]))
+
+    def parts(self, x):
+        depth, normals = x.split([1, 3], -1)
         return {"depth": depth, "normals": F.normalize(normals, dim=-1)}
 
     def loss(self, out, targets):
@@ -281,11 +370,10 @@ class RoomsProbe(nn.Module):
 
     def metrics(self, out, targets):
         """RMSE of the depth in metres, delta1 (within a factor of 1.25) in %, mean error of the normals in degrees."""
-        ratio = (out["depth"] - targets["depth"]).abs()
         metres = out["depth"].exp() - targets["depth"].exp()
+        close = (out["depth"] - targets["depth"]).abs() < 0.2231  # log 1.25
         angle = (out["normals"] * targets["normals"]).sum(-1).clamp(-1, 1).acos()
-        return {"depth RMSE": metres.square().mean().sqrt().item(),
-                "delta1": 100 * (ratio < 0.2231).float().mean().item(),  # log 1.25
+        return {"depth RMSE": metres.square().mean().sqrt().item(), "delta1": 100 * close.float().mean().item(),
                 "normals": torch.rad2deg(angle).mean().item()}
 
 class PeopleProbe(nn.Module):
@@ -299,28 +387,24 @@ class PeopleProbe(nn.Module):
     def targets(self, scenes):
         rows, cols = self.grid
         joints = scenes["joints2d"]  # [n, figures, joints, 2]
-        size = torch.tensor([cols, rows], device=joints.device)
-        inside = scenes["visible"][..., None] & ((joints >= 0) & (joints < 1)).all(-1)
         metres = scenes["joints3d"] - scenes["joints3d"][:, :, 2:3]
+        inside = scenes["visible"][..., None] & ((joints >= 0) & (joints < 1)).all(-1)
         middle = centres(rows, cols, joints.device)
-        # For every patch and kind of joint the nearest one: a soft spot around it (1 at it, 0.6 a patch away), and where
-        # it is in 2D and 3D.
+        size = torch.tensor([cols, rows], device=joints.device)
+        # For every patch and kind of joint the nearest one: a soft spot around it (1 at it, 0.6 a patch away), and its
+        # place in 2D and 3D.
         gap = (joints[:, :, None] - middle[:, None]) * size
-        spots = torch.exp(-gap.square().sum(-1) / 2) * inside[:, :, None]
-        near, figure = spots.max(1)
-        image = torch.arange(len(joints), device=joints.device)[:, None, None]
-        joint = torch.arange(len(JOINTS), device=joints.device)
+        near, figure = (torch.exp(-gap.square().sum(-1) / 2) * inside[:, :, None]).max(1)
+        image, _, joint = torch.meshgrid(*[torch.arange(n, device=joints.device) for n in near.shape], indexing="ij")
         place, xyz = joints[image, figure, joint], metres[image, figure, joint]
         image, figure, joint = inside.nonzero(as_tuple=True)
         truth = joints[image, figure, joint]
-        cell = (truth * size).long()
-        at = torch.stack([image, cell[:, 1] * cols + cell[:, 0], joint])
-        return {"near": near, "place": place, "xyz": xyz, "centres": middle,
-                "truth": truth, "metres": metres[image, figure, joint], "at": at}
+        col, row = (truth * size).long().unbind(-1)
+        return {"near": near, "place": place, "xyz": xyz, "centres": middle, "truth": truth,
+                "metres": metres[image, figure, joint], "at": torch.stack([image, row * cols + col, joint])}
 
     def forward(self, features, targets):
-        heads = self.patch(features["patch"]).unflatten(-1, (len(JOINTS), 6))
-        near, offset, xyz = heads.split([1, 2, 3], -1)
+        near, offset, xyz = self.patch(features["patch"]).unflatten(-1, (len(JOINTS), 6)).split([1, 2, 3], -1)
         return {"near": near[..., 0], "place": offset + targets["centres"][:, None], "xyz": xyz}
 
     def loss(self, out, targets):
@@ -339,12 +423,9 @@ class PeopleProbe(nn.Module):
         apart = (out["xyz"][image, patch, joint] - targets["metres"]).norm(dim=-1)
         return {"joints 2D": 100 * found.float().mean().item(), "joints 3D": 100 * apart.mean().item()}
 
-PROBES = {"objects": ObjectsProbe, "rooms": RoomsProbe, "people": PeopleProbe}
-
 def centres(rows, cols, device=None):
     """[rows * cols, 2]: the middle of each cell of a grid as (x, y) fractions of the sides."""
-    y = (torch.arange(rows, device=device) + 0.5) / rows
-    x = (torch.arange(cols, device=device) + 0.5) / cols
+    y, x = [(torch.arange(n, device=device) + 0.5) / n for n in (rows, cols)]
     return torch.cartesian_prod(y, x).flip(-1)
 
 # ---- Pairs of views --------------------------------------------------------------------------------------------------
@@ -380,7 +461,7 @@ def pair_geometry(pairs):
     return points, depth > 0, place, seen
 
 def patch_pairs(pairs, grid):
-    """For the middle of each patch of view 1: which patch of view 2 shows it, int64 [B, rows*cols]; whether any does."""
+    """For the middle of each patch of view 1: which patch of view 2 shows it, int64 [B, rows*cols]; does any, bool."""
     rows, cols = grid
     size = pairs["depth"].shape[-1]
     _, _, place, seen = pair_geometry(pairs)
@@ -398,8 +479,7 @@ def contrast(one, two, own, temperature=0.07):
 
 # ---- The tiny specialists --------------------------------------------------------------------------------------------
 # Stand-ins for the three teachers that differ as they do (class token and registers or not, RoPE or learned positions,
-# patch 16 or 14), each trained on its own domain only, from labels. Their files have the published layouts: whatever
-# comes after this is the same code.
+# patch 16 or 14), each trained on its own domain only, from labels, and written in the published layout.
 
 TINY = dict(image_size=112, embed_dim=192, depth=3, num_heads=3, layer_scale=None)
 SPECIALISTS = {
@@ -408,8 +488,7 @@ SPECIALISTS = {
     "multihmr": dict(shape=dict(TINY, patch_size=14, registers=0), lr=2e-3, scenes=3900, passes=2),
 }
 TINY_GRID = (8, 8)
-MATCHING = 1.0  # the weight of the matching loss beside that of depth and normals
-FINE = 2        # how many descriptors lie along a patch's side
+MATCHING, FINE = 1.0, 2  # weight of the matching loss beside depth's and normals'; descriptors along a patch's side
 
 def prepare_specialists(names):
     """Train the tiny specialists that are not in the cache yet: about half a minute each on two cores."""
@@ -419,19 +498,17 @@ def prepare_specialists(names):
             make_specialist(name, specialist_scenes(name, SPECIALISTS[name]["scenes"]), path)
 
 def specialist_path(name):
-    """Where a tiny specialist lies once it is made. Its name tells the recipe and how its scenes are drawn and labelled:
-    after a change it is made anew."""
-    key = hashlib.sha1(repr((SPECIALISTS[name], TEACHERS[name].position, MATCHING, FINE)).encode())
+    """Where a tiny specialist lies once it is made. Its name tells the recipe and the first scenes: after a change it is
+    made anew."""
+    key = hashlib.sha1(repr((SPECIALISTS[name], TEACHERS[name].vit, MATCHING, FINE)).encode())
     for label in specialist_scenes(name, 2).values():
         key.update(label.numpy().tobytes())
     return os.path.join(data.cache_folder(), f"tiny-{name}-{key.hexdigest()[:8]}.pth")
 
 def specialist_scenes(name, count):
-    """The first `count` images that a specialist learns from and their labels, {label: tensor [count, ...]}; of rooms
-    pairs."""
-    if TEACHERS[name].domain == "rooms":
-        return room_pairs(0, count // 2, TINY["image_size"])
-    return data.labelled_scenes(TEACHERS[name].domain, 0, count, TINY["image_size"])
+    """The first `count` images that a specialist learns from with their labels, {label: tensor}; of rooms as pairs."""
+    domain, size = TEACHERS[name].domain, TINY["image_size"]
+    return room_pairs(0, count // 2, size) if domain == "rooms" else data.labelled_scenes(domain, 0, count, size)
 
 def make_specialist(name, scenes, path, batch=16, seed=0):
     """Train a tiny specialist on its own domain, from labels, and write it to `path` in the published layout.
@@ -441,7 +518,7 @@ def make_specialist(name, scenes, path, batch=16, seed=0):
     """
     recipe, domain = SPECIALISTS[name], TEACHERS[name].domain
     torch.manual_seed(seed)
-    vit = ViT(position=TEACHERS[name].position, **recipe["shape"])
+    vit = ViT(**recipe["shape"], **TEACHERS[name].vit)
     teacher = FrozenTeacher(name, vit).train().requires_grad_(True)
     probe = Probe(domain, vit.embed_dim, TINY_GRID)
     parameters = [*vit.parameters(), *probe.parameters()]
@@ -453,8 +530,7 @@ def make_specialist(name, scenes, path, batch=16, seed=0):
     order = torch.cat([torch.randperm(len(scenes["image"])) for _ in range(recipe["passes"])])
 
     def loss(step):
-        rows = order[step * batch:(step + 1) * batch]
-        part = {key: value[rows] for key, value in scenes.items()}
+        part = {key: value[order[step * batch:(step + 1) * batch]] for key, value in scenes.items()}
         single = {key: value.flatten(0, 1) for key, value in part.items()} if pairs else part
         targets = probe.targets(single)
         with torch.autocast("cpu", torch.bfloat16, enabled=dune.fast_bf16("cpu")):
@@ -462,8 +538,7 @@ def make_specialist(name, scenes, path, batch=16, seed=0):
             out = probe(features, targets)
         total = probe.loss({key: value.float() for key, value in out.items()}, targets)
         if pairs:
-            fine = tuple(FINE * n for n in TINY_GRID)
-            own, seen = patch_pairs(part, fine)
+            own, seen = patch_pairs(part, tuple(FINE * n for n in TINY_GRID))
             maps = describe(features["patch"].float()).mT.unflatten(2, TINY_GRID)
             one, two = F.pixel_shuffle(maps, FINE).flatten(2).mT.unflatten(0, (-1, 2)).unbind(1)
             total = total + MATCHING * contrast(one, two, own)[seen].mean()
@@ -483,16 +558,16 @@ def published_layout(name, state):
     return state
 
 # ---- Two photographs to 3D -------------------------------------------------------------------------------------------
-# MASt3R's two-view decoder and heads (arXiv 2406.09756), on its own encoder or on a frozen DUNE (DUNE section 4). Modules
-# are named as the published files name them.
+# MASt3R's two-view decoder and heads (arXiv 2406.09756), on its own encoder or on a frozen DUNE (DUNE section 4).
+# Modules are named as the published files name them.
 
 class TwoView(nn.Module):
     """MASt3R on a frozen encoder: its own, or a DUNE.
 
-    dim, depth       of the decoder: `depth` pairs of blocks, heads of 64 channels
-    patch            pixels that the heads put in the place of a token; images are resized if the encoder's patch is another
-    norm             whether a LayerNorm of the decoder's stands for the encoder's last one (DUNE-MASt3R: yes; MASt3R: no)
-    head_sizes       maps, features, last, hidden, descriptor: see DPT and TwoViewHead
+    dim, depth    of the decoder: `depth` pairs of blocks, heads of 64 channels
+    patch         pixels that the heads put in a token's place; images are resized if the encoder's patch is another
+    norm          whether the decoder has a LayerNorm instead of the encoder's last one (DUNE-MASt3R: yes; MASt3R: no)
+    head_sizes    maps, features, last, hidden, descriptor: see DPT and TwoViewHead
     """
 
     def __init__(self, encoder, dim=768, depth=12, patch=None, norm=True, **head_sizes):
@@ -501,52 +576,45 @@ class TwoView(nn.Module):
         self.patch = patch or encoder.patch_size
         self.norm = nn.LayerNorm(encoder.embed_dim) if norm else None
         self.decoder_embed = nn.Linear(encoder.embed_dim, dim)
-        blocks = [nn.ModuleList(DecoderBlock(dim, dim // 64) for _ in range(depth)) for view in (1, 2)]
-        self.dec_blocks, self.dec_blocks2 = blocks
+        self.dec_blocks = nn.ModuleList(DecoderBlock(dim, dim // 64) for _ in range(depth))
+        self.dec_blocks2 = nn.ModuleList(DecoderBlock(dim, dim // 64) for _ in range(depth))
         self.dec_norm = nn.LayerNorm(dim, eps=1e-6)
-        heads = [TwoViewHead(encoder.embed_dim, dim, depth, self.patch, **head_sizes) for view in (1, 2)]
-        self.downstream_head1, self.downstream_head2 = heads
+        self.downstream_head1 = TwoViewHead(encoder.embed_dim, dim, depth, self.patch, **head_sizes)
+        self.downstream_head2 = TwoViewHead(encoder.embed_dim, dim, depth, self.patch, **head_sizes)
         wanted = (HALF, HALF) if encoder.position == "rope" else (IMAGENET_MEAN, IMAGENET_STD)
-        self.renormalise = Renormalise(HALF, HALF, *wanted)
+        self.prepare = Prepare(HALF, HALF, *wanted)
 
     def forward(self, view1, view2):
-        """Two image batches [B, 3, H, W] in MASt3R's normalisation (2 x - 1 of images in 0..1), the two of any size -> two
-        dictionaries.
+        """Two image batches [B, 3, H, W] in MASt3R's normalisation (2 x - 1 of 0..1), of any two sizes -> two dicts.
 
-        pts3d [B, H, W, 3] metres, both views' in view 1's camera frame (x right, y down, z forward); conf [B, H, W] > 1,
-        the points' confidence; desc [B, H, W, 24] unit descriptors; desc_conf [B, H, W] > 0, theirs. fp32; on a GPU all
-        but the heads runs in bf16. Raises Oops if a side is no multiple of the patch size.
+        pts3d [B, H, W, 3] metres, both views' in view 1's camera frame (x right, y down, z forward); their confidence
+        conf [B, H, W] > 1; desc [B, H, W, 24] unit descriptors; theirs, desc_conf [B, H, W] > 0. fp32; on a GPU all but
+        the heads runs in bf16. Raises Oops if a side is no multiple of the patch size.
         """
-        device = view1.device
-        grids = [self.grid_of(view) for view in (view1, view2)]
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            layers1 = [self.encode(view1, grids[0])]
-            layers2 = [self.encode(view2, grids[1])]
+        for height, width in (view1.shape[-2:], view2.shape[-2:]):
+            if height % self.patch or width % self.patch:
+                raise Oops(f"image size {height}x{width} is no multiple of the patch size {self.patch}")
+        grids = [tuple(side // self.patch for side in view.shape[-2:]) for view in (view1, view2)]
+        device = view1.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            layers1, layers2 = [[self.encode(view, grid)] for view, grid in zip((view1, view2), grids)]
             x, y = self.decoder_embed(layers1[0]), self.decoder_embed(layers2[0])
-            rope_x, rope_y = [dune.rope_table(*grid, 0, 64, device) for grid in grids]
+            rope_x, rope_y = [dune.rope_table(*grid, 0, 64, view1.device) for grid in grids]
             for block1, block2 in zip(self.dec_blocks, self.dec_blocks2):
                 x, y = block1(x, y, rope_x, rope_y), block2(y, x, rope_y, rope_x)  # both read what was before
                 layers1.append(x)
                 layers2.append(y)
             layers1[-1] = self.dec_norm(x)
             layers2[-1] = self.dec_norm(y)
-        with torch.autocast(device.type, enabled=False):
-            return (self.downstream_head1([t.float() for t in layers1], grids[0]),
-                    self.downstream_head2([t.float() for t in layers2], grids[1]))
-
-    def grid_of(self, view):
-        height, width = view.shape[-2:]
-        if height % self.patch or width % self.patch:
-            raise Oops(f"image size {height}x{width} is no multiple of the patch size {self.patch}")
-        return height // self.patch, width // self.patch
+        with torch.autocast(device, enabled=False):
+            return (self.downstream_head1([x.float() for x in layers1], grids[0]),
+                    self.downstream_head2([y.float() for y in layers2], grids[1]))
 
     def encode(self, images, grid):
         """[B, 3, H, W] in MASt3R's normalisation -> the tokens that the decoder reads, [B, rows*cols, D]."""
         size = tuple(n * self.encoder.patch_size for n in grid)
         with torch.no_grad():
-            if images.shape[-2:] != size:
-                images = F.interpolate(images, size, mode="bicubic", align_corners=True)
-            tokens = self.encoder(self.renormalise(images), norm=self.norm is None)["patch"]
+            tokens = self.encoder(self.prepare(images, size), norm=self.norm is None)["patch"]
         return tokens if self.norm is None else self.norm(tokens)
 
 class DecoderBlock(nn.Module):
@@ -573,8 +641,8 @@ class CrossAttention(nn.Module):
         self.projq, self.projk, self.projv, self.proj = [nn.Linear(dim, dim) for _ in range(4)]
 
     def forward(self, x, y, rope_x, rope_y):
-        by_head = [t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.projq(x), self.projk(y), self.projv(y))]
-        q, k, v = by_head
+        flat = self.projq(x), self.projk(y), self.projv(y)
+        q, k, v = [t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in flat]
         x = dune.attend(dune.rotate(q, rope_x), dune.rotate(k, rope_y), v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
@@ -606,24 +674,20 @@ class DPT(nn.Module):
     def __init__(self, dims, patch, maps=(96, 192, 384, 768), features=256, last=128):
         super().__init__()
         self.patch = patch
-        resize = [[nn.ConvTranspose2d(maps[0], maps[0], 4, 4)], [nn.ConvTranspose2d(maps[1], maps[1], 2, 2)], [],
-                  [nn.Conv2d(maps[3], maps[3], 3, 2, 1)]]
+        resize = ([nn.ConvTranspose2d(maps[0], maps[0], 4, 4)], [nn.ConvTranspose2d(maps[1], maps[1], 2, 2)], [],
+                  [nn.Conv2d(maps[3], maps[3], 3, 2, 1)])
         self.act_postprocess = nn.ModuleList(
             nn.Sequential(nn.Conv2d(dim, channels, 1), *then) for dim, channels, then in zip(dims, maps, resize))
         self.layer_rn = nn.ModuleList(nn.Conv2d(channels, features, 3, padding=1, bias=False) for channels in maps)
         self.refinenet1, self.refinenet2, self.refinenet3, self.refinenet4 = [Fusion(features) for _ in range(4)]
         self.head = nn.ModuleDict({"0": nn.Conv2d(features, features // 2, 3, padding=1),
-                                   "2": nn.Conv2d(features // 2, last, 3, padding=1),
-                                   "4": nn.Conv2d(last, 4, 1)})
+                                   "2": nn.Conv2d(features // 2, last, 3, padding=1), "4": nn.Conv2d(last, 4, 1)})
 
     def forward(self, layers, grid):
-        maps = []
-        for x, postprocess, rn in zip(layers, self.act_postprocess, self.layer_rn):
-            maps.append(rn(postprocess(x.transpose(1, 2).unflatten(2, grid))))
-        x = self.refinenet4(maps[3])
-        x = self.refinenet3(x, maps[2])
-        x = self.refinenet2(x, maps[1])
-        x = self.head["0"](self.refinenet1(x, maps[0]))
+        maps = [post(x.transpose(1, 2).unflatten(2, grid)) for x, post in zip(layers, self.act_postprocess)]
+        fine, middle, coarse, coarsest = [rn(x) for x, rn in zip(maps, self.layer_rn)]
+        x = self.refinenet3(self.refinenet4(coarsest), coarse)
+        x = self.head["0"](self.refinenet1(self.refinenet2(x, middle), fine))
         x = F.interpolate(x, tuple(n * self.patch for n in grid), mode="bilinear", align_corners=True)
         return self.head["4"](F.relu(self.head["2"](x)))
 
@@ -633,8 +697,7 @@ class Fusion(nn.Module):
     def __init__(self, dim):
         super().__init__()
         self.out_conv = nn.Conv2d(dim, dim, 1)
-        self.resConfUnit1 = ResidualConv(dim)  # the coarsest has no skip: its first is idle
-        self.resConfUnit2 = ResidualConv(dim)
+        self.resConfUnit1, self.resConfUnit2 = ResidualConv(dim), ResidualConv(dim)  # the coarsest's first is idle
 
     def forward(self, x, skip=None):
         if skip is not None:
@@ -659,8 +722,8 @@ TWO_VIEW = {"dune": "https://download.europe.naverlabs.com/dune/dunemast3r_cvpr2
 def load_two_view(weights=None, device="cpu", encoder=None):
     """TwoView in eval mode, every size read off the tensors.
 
-    weights  a published MASt3R or DUNE-MASt3R file, one of two_view_layout, a name of TWO_VIEW (downloaded), None: "dune"
-    encoder  the DUNE encoder's file, for a DUNE-MASt3R file that does not hold it; None: the published one that it names
+    weights  a published MASt3R or DUNE-MASt3R file, one of two_view_layout, a name of TWO_VIEW; None: "dune"
+    encoder  the DUNE encoder's file, for a DUNE-MASt3R file without it; None: the published one that the file names
     Raises Oops for a file that is missing, unreadable or of another architecture (naming the tensor or the option).
     """
     path = str(weights or "dune")
@@ -671,7 +734,12 @@ def load_two_view(weights=None, device="cpu", encoder=None):
     check_options(file, path)
     on_dune = "mast3r.decoder_embed.weight" in state
     if on_dune:
-        vit, encoder_weights = dune_encoder(file, path, encoder)
+        encoder_weights = dune.plain_keys(dune.below(state, "dune_backbone."))
+        if not encoder_weights:
+            name = encoder or dune.entry(file, "dune_backbone_name", str, path)
+            name = str(name).removesuffix("_encoder").replace("_14_", "14_")
+            encoder_weights = dune.load(name, encoder_only=True).state_dict()
+        vit = dune.vit_from_state(encoder_weights, path)
         idle = r"dune_backbone\.|imagenet_(mean|std)$|mast3r\.(mask_token$|patch_embed\.|enc_norm\.)"
     elif "decoder_embed.weight" in state:
         encoder_weights = encoder_state("mast3r", file, path)
@@ -681,56 +749,29 @@ def load_two_view(weights=None, device="cpu", encoder=None):
         raise Oops(f"{path} holds no two-view model: neither MASt3R's nor DUNE-MASt3R's decoder is in it")
     rest = {}
     for key, value in state.items():
-        if not re.match(idle, key) and not re.search(r"scratch\.layer\d_rn\.", key):  # of what is there twice: layer_rn
+        if not re.match(idle, key) and not re.search(r"scratch\.layer\d_rn\.", key):  # what counts is layer_rn
             rest[key.removeprefix("mast3r.").replace("dpt.scratch.", "dpt.")] = value
-    if not any(key.startswith("dec_blocks2.") for key in rest):  # one set of blocks for both views
-        shared = dune.below(rest, "dec_blocks.")
-        rest.update({f"dec_blocks2.{key}": value for key, value in shared.items()})
-    sizes = two_view_sizes(rest, vit.patch_size, path)
+    if not dune.below(rest, "dec_blocks2."):  # one set of blocks for both views
+        rest.update({f"dec_blocks2.{key}": value for key, value in dune.below(rest, "dec_blocks.").items()})
     with torch.device("meta"):
-        model = TwoView(vit, norm=on_dune, **sizes)
+        model = TwoView(vit, norm=on_dune, **two_view_sizes(rest, vit.patch_size, path))
     rest.update({f"encoder.{key}": value for key, value in encoder_weights.items()})
     return dune.load_strictly(model, rest, path).eval().to(device)
 
-def two_view_layout(model):
-    """The file of a TwoView on a DUNE encoder as the published ones are laid out, with the encoder in it."""
-    state = {}
-    for key, value in model.state_dict().items():
-        if key.startswith("encoder."):
-            key = key.replace("encoder.", "dune_backbone.", 1)
-        elif not key.startswith("norm."):
-            key = f"mast3r.{key}"
-        state[key] = value
-    return {"model": state}
-
-def dune_encoder(file, path, encoder):
-    """(ViT, its weights) of a DUNE-MASt3R file: from itself, from the file `encoder`, or from the one that it names."""
-    weights = dune.plain_keys(dune.below(file["model"], "dune_backbone."))
-    if weights:
-        return dune.vit_from_state(weights, path), weights
-    if encoder is None:
-        name = dune.entry(file, "dune_backbone_name", str, path)
-        encoder = name.removesuffix("_encoder").replace("_14_", "14_")
-    vit = dune.load(encoder, encoder_only=True)
-    return vit, vit.state_dict()
-
 def two_view_sizes(state, patch, path):
     """TwoView's sizes, read off its tensors."""
-    shapes = {key: value.shape for key, value in state.items() if torch.is_tensor(value)}
-
-    def channels(key):
-        return shapes[f"downstream_head1.{key}.weight"][0]
+    rows = {key: value.shape[0] for key, value in state.items() if torch.is_tensor(value) and value.ndim}
+    head = "downstream_head1.{}.weight".format
     try:
-        sizes = {"dim": shapes["decoder_embed.weight"][0],
-                 "depth": len({key.split(".")[1] for key in state if key.startswith("dec_blocks.")}),
-                 "features": channels("dpt.layer_rn.0"),
-                 "last": channels("dpt.head.2"),
-                 "hidden": channels("head_local_features.fc1"),
-                 "descriptor": channels("head_local_features.fc2") // patch**2 - 1}
-        maps = [channels(f"dpt.act_postprocess.{j}.0") for j in range(4)]
+        sizes = {"dim": rows["decoder_embed.weight"],
+                 "depth": len({key.split(".")[1] for key in rows if key.startswith("dec_blocks.")}),
+                 "features": rows[head("dpt.layer_rn.0")], "last": rows[head("dpt.head.2")],
+                 "hidden": rows[head("head_local_features.fc1")],
+                 "descriptor": rows[head("head_local_features.fc2")] // patch**2 - 1}
+        maps = [rows[head(f"dpt.act_postprocess.{j}.0")] for j in range(4)]
         if sizes["dim"] % 64 or min(*sizes.values(), *maps) < 1:
-            raise ValueError
-    except (KeyError, IndexError, ValueError):
+            raise KeyError
+    except KeyError:
         raise Oops(f"{path} holds no two-view model of a known layout: parts of its heads are missing or odd") from None
     return {"maps": maps, **sizes}
 
@@ -740,7 +781,7 @@ TWO_VIEW_OPTIONS = {"head_type": "'catmlp+dpt'", "output_mode": "'pts3d+desc24'"
                     "pos_embed": "'RoPE100'"}
 
 def check_options(file, path):
-    """Oops if a DUNE-MASt3R file's constructor call asks for something else than TwoView is. It is compared, never run."""
+    """Oops if a DUNE-MASt3R file's constructor call, which is compared and never run, is not for what TwoView is."""
     text = dune.entry(file, "mast3r_model_str", str, path, "AsymmetricMASt3R()")
     call = re.fullmatch(r"\w+\((.*)\)", re.sub(r"\s", "", text).replace('"', "'"))
     if not call:
@@ -748,3 +789,31 @@ def check_options(file, path):
     for key, value in re.findall(r"(\w+)=(\([^()]*\)|[^,]*)", call[1]):
         if value != TWO_VIEW_OPTIONS.get(key, value):
             raise Oops(f"{path} is another architecture: {key} is {value:.80}, expected {TWO_VIEW_OPTIONS[key]}")
+
+def two_view_layout(model):
+    """The file of a TwoView on a DUNE encoder as the published ones are laid out, with the encoder in it."""
+    state = {}
+    for key, value in model.state_dict().items():
+        plain = key.startswith(("encoder.", "norm."))
+        state[re.sub(r"^encoder\.", "dune_backbone.", key) if plain else f"mast3r.{key}"] = value
+    return {"model": state}
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+def main():
+    """python teachers.py: the table."""
+    dune.Parser(description="The teachers, and whether their files are here.").parse_args()
+    line = "{:23}{:9}{:>5}{:>6}  {:9}{:10}{:22}{}".format
+    print(line("teacher", "knows", "M", "patch", "class", "images", "licence", "file (+ is here)"))
+    for name, row in TEACHERS.items():
+        with torch.device("meta"):
+            teacher = load_teacher(name, "random", device="meta")
+        millions = round(sum(p.numel() for p in teacher.parameters()) / 1e6)
+        cls = "distilled" if teacher.has_cls else "unused" if teacher.gives_cls else "none"
+        path = f"--weights {name}={row.gated}, from {row.url}" if row.gated else dune.cached(row.url)
+        images = "ImageNet" if row.mean == IMAGENET_MEAN else "0.5"
+        here = "+ " if os.path.exists(path) else "- "
+        print(line(name, row.domain, millions, teacher.patch_size, cls, images, row.license, here + path))
+
+if __name__ == "__main__":
+    dune.run(main)
