@@ -141,7 +141,7 @@ class ViT(nn.Module):
         if height % self.patch_size or width % self.patch_size:
             raise Oops(f"image size {height}x{width} is no multiple of the patch size {self.patch_size}")
         rows, cols = height // self.patch_size, width // self.patch_size
-        x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)
+        x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2).to(self.norm.weight.dtype)  # fp32 under autocast
         if self.pos_embed is not None:
             x = x + self.positions(rows, cols)
         # Registers first, then class and patches: attention does not see the order, and projectors read a plain slice.
@@ -587,7 +587,7 @@ def load_strictly(module, state, path):
 
 def fetch(url):
     """The path of a published file in torch's hub cache, downloaded (with a bar, beside, renamed) if it is missing."""
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+    path = cached(url)
     if not os.path.exists(path):
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -596,6 +596,12 @@ def fetch(url):
         except (OSError, RuntimeError) as error:  # URLError is an OSError
             raise Oops(f"cannot download {url} ({error}); get it by hand and put it at {path}") from None
     return path
+
+def cached(url):
+    """Where fetch() keeps a published file: in torch's hub cache; Hugging Face's, many of one name, by repository."""
+    parts = url.split("/")
+    name = f"{parts[4]}-{parts[-1]}" if parts[2] == "huggingface.co" else parts[-1]
+    return os.path.join(torch.hub.get_dir(), "checkpoints", name)
 
 # ---- The four places through which all else passes: files from outside, our files, options, the way out --------------
 
