@@ -181,13 +181,18 @@ def data_lines(spec):
     """The lines of a data file, without comments; [spec] if it is none: a line itself, or a list of images."""
     if not (spec.endswith(".txt") and os.path.isfile(spec)):
         return [spec]
-    with open(spec, errors="replace") as file:
+    with open(spec, encoding="utf-8", errors="surrogateescape") as file:
         lines = filter(None, (re.sub(r"(^|\s)#.*", "", line).strip() for line in file))
         first = next(lines, "")
         image = first.lower().endswith(SUFFIXES)
         if not first.endswith((".tar", ".txt")):  # of a list; then an image may have any name
             image = image or os.path.isfile(os.path.join(os.path.dirname(spec), first))
-        return [spec] if image or not first else [first, *lines]
+        if image or not first:
+            return [spec]
+        lines = [first, *lines]
+    if not "".join(lines).isprintable():
+        raise Oops(f"{spec} is neither a list of images nor a data file: it holds more than text in UTF-8")
+    return lines
 
 def parse_data(specs, teachers, seeds=""):
     """[Group] that `--data` describes: `teacher=source,source…`, sources for all, or a text file of such lines.
@@ -1267,7 +1272,7 @@ class Index:
         end, offset, length = self.images[i].tolist()
         path = os.path.join(self.base, os.fsdecode(self.paths[begin:end].tobytes()))
         container = self.containers[np.searchsorted(self.marks[:, 0], i, "right") - 1]
-        return path, container if length else None, offset, length
+        return path, container if offset else None, offset, length
 
 def stamp(path):
     """[mtime in ns, size] by which a change is noticed; a folder's size says nothing and counts as 0."""

@@ -98,6 +98,12 @@ def test_folder_tar_and_list_hold_the_same_images(tmp_path):
     assert sources[0].name(0) == sources[2].name(0) == str(names[0])
     assert sources[1].name(0) == str(shards / "0.tar" / "inside" / names[0].name)
 
+def test_an_empty_file_in_an_archive_is_an_unreadable_image(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "a.jpg").write_bytes(b"")
+    with pytest.raises(Oops, match="x.tar/inside/a.jpg: not an image"):
+        open_path(tar(tmp_path / "x.tar", tmp_path / "x")).read(0)
+
 def test_index_is_reused_and_noticed_when_stale(tmp_path, capfd):
     root = folder(tmp_path / "x", 4)
     shard = tar(tmp_path / "x.tar", root)
@@ -162,6 +168,17 @@ def test_a_large_index_opens_fast_and_takes_no_memory(tmp_path):
     assert index.find(299_999)[0] == str(tmp_path / "sub" / "000299999.jpg")
     assert tracemalloc.get_traced_memory()[1] < 200_000  # bytes, at the most
     tracemalloc.stop()
+
+def test_of_processes_that_start_together_one_writes_the_index(tmp_path):
+    root = folder(tmp_path / "x", 40)
+    call = f"import data; print(data.open_source({str(root)!r}).count)"
+    command = [sys.executable, "-c", call]
+    here = os.path.dirname(data.__file__)
+    both = [subprocess.Popen(command, cwd=here, stdout=-1, stderr=-1, text=True) for _ in range(3)]
+    told = [process.communicate() for process in both]
+    assert [out for out, _ in told] == ["40\n"] * 3
+    assert "".join(err for _, err in told).count("kept as") == 1
+    assert len(list(tmp_path.iterdir())) == 2  # nothing but the folder and its index
 
 def test_weights_turn_and_data_file(tmp_path):
     a, b = folder(tmp_path / "a", 30), folder(tmp_path / "b", 30)
@@ -241,6 +258,7 @@ def test_bad_input_is_one_clear_line(tmp_path):
     (tmp_path / "list.txt").write_text("x/class0/0000.jpg\n" + "".join(f"gone{i}.jpg\n" for i in range(5)))
     (tmp_path / "bytes.txt").write_bytes(b"a.jpg\n\xff\xfe.jpg\n")
     (tmp_path / "control.txt").write_bytes(b"a\x1b[2J.jpg\n")
+    (tmp_path / "junk.txt").write_bytes(np.random.default_rng(0).bytes(5000))
     (tmp_path / "file.zip").write_bytes(b"x")
     os.mkfifo(tmp_path / "fifo.tar")
     os.mkfifo(tmp_path / "fifo.txt")
@@ -254,6 +272,7 @@ def test_bad_input_is_one_clear_line(tmp_path):
         "list.txt": "5 of its 6 paths do not exist, first gone0.jpg, gone1.jpg, gone2.jpg",
         "bytes.txt": "line 2 is no path",
         "control.txt": "line 1 is no path",
+        "junk.txt": "no path in UTF-8",
         "fifo.tar": "no regular file",
         "fifo.txt": "no regular file",
     }
@@ -279,6 +298,11 @@ def test_a_wrong_line_is_told(tmp_path):
     for spec, words in wrong.items():
         with pytest.raises(Oops, match=words):
             data.parse_data([spec], TEACHERS)
+    for content in (np.random.default_rng(0).bytes(5000), f"{root}\n\x1b[2J".encode(), b"caf\xe9\n"):
+        (tmp_path / "data.txt").write_bytes(content)
+        with pytest.raises(Oops, match="more than text|no path in UTF-8") as error:
+            data.parse_data([str(tmp_path / "data.txt")], TEACHERS)
+        assert str(error.value).isprintable()
     with pytest.raises(Oops, match="cannot be divided"):
         data.batches(data.parse_data([], TEACHERS), 14, 8, world=3)
 
