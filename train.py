@@ -74,7 +74,8 @@ PRESETS = {
     "stage2": dict(image_size=448, epochs=50.0, lr=5e-5),          # with --init out/stage1/checkpoint.pt
     "small": dict(arch="small"),
     "unic": dict(teachers="dino,deit3,ibot,dbotft", patch_size=16, image_size=224, registers=0, layer_scale=0.0,
-                 drop_path=0.1, projector="lp", norm="unic", epochs=200.0, warmup=0.05, crop=0.08),
+                 drop_path=0.1, projector="lp", norm="unic", epochs=200.0, warmup=0.05, crop=0.08,
+                 clip=0.0, eps=1e-8),
     "tiny": dict(arch="tiny", image_size=112, batch=32, steps=1500, sharing="own", lr=28e-3, warmup=0.1,
                  layer_scale=0.0, crop=1.0, colour=0.0),
 }
@@ -88,7 +89,8 @@ MACHINE = {
     "val": option([], "held-out images for the table at the end, like --data", metavar="TEACHER=SOURCE"),
     "weights": option([], "a teacher's weights, instead of downloading them", metavar="TEACHER=FILE"),
     "random_teachers": option(False, "random weights of the published size: for measuring only"),
-    "init": option(None, "start from this student (another image size is fine)", metavar="CHECKPOINT"),
+    "init": option(None, "start from this student, or a teacher's encoder of its shape (another image size is fine)",
+                   metavar="CHECKPOINT|TEACHER"),
     "out": option(None, "folder of the run; default out/PRESET", metavar="FOLDER"),
     "resume": option("yes", "continue the run that --out holds, or begin anew", choices=("yes", "no")),
     "log_every": option(10, "steps between lines of the log (the only place that waits for the device)", 1),
@@ -127,7 +129,8 @@ def main(argv=None):
     start = checkpoint.restore(optimizer)
     describe(args, processes, model)
     grid = (args.image_size // args.patch_size,) * 2
-    checkpoint.before = checkpoint.before or evaluation.held_out_losses(model, teachers, held_out["image"], grid)
+    if not checkpoint.before and not args.bench:
+        checkpoint.before = evaluation.held_out_losses(model, teachers, held_out["image"], grid)
     clock = Clock(args, processes, model, teachers)
     ddp = processes.share(compiled(args, model, teachers, device), args.compress)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
@@ -318,16 +321,26 @@ def build_student(args, teachers, state):
     encoder.checkpoint_blocks = args.recompute
     if state:
         dune.load_strictly(model, state["model"], f"{args.out}/checkpoint.pt")
+    elif args.init in zoo.TEACHERS:
+        start_from(encoder, zoo.load_teacher(args.init, args.weights.get(args.init)).vit, args.init)
     elif args.init:
         start = dune.load(args.init)
-        if start.encoder.grid != encoder.grid:  # another image size: positions are resized once and for all
-            grid = start.encoder.positions(encoder.grid, encoder.grid)
-            start.encoder.pos_embed = nn.Parameter(torch.cat([start.encoder.pos_embed[:, :1], grid], 1).detach())
-        dune.load_strictly(encoder, start.encoder.state_dict(), args.init)
+        start_from(encoder, start.encoder, args.init)
         for t in set(teachers) & set(start.projectors):
             dune.load_strictly(model.projectors[t], start.projectors[t].state_dict(), args.init)
             dune.load_strictly(model.teacher_norms[t], start.teacher_norms[t].state_dict(), args.init)
     return model
+
+def start_from(encoder, other, path):
+    """Load another encoder of the same shape. Positions of another grid are resized, to the size; registers that it
+    lacks stay the new ones."""
+    state = other.state_dict()
+    if other.pos_embed is not None and other.grid != encoder.grid:
+        grid = other.positions(encoder.grid, encoder.grid, "size")
+        state["pos_embed"] = torch.cat([state["pos_embed"][:, :-other.grid**2], grid], 1)
+    if other.register_tokens is None and encoder.register_tokens is not None:
+        state["register_tokens"] = encoder.register_tokens.detach()
+    dune.load_strictly(encoder, state, path)
 
 def compiled(args, model, teachers, device):
     """The model, it and the teachers compiled for the shapes of training alone; nothing else may run through them."""
@@ -455,16 +468,10 @@ class Log:
         return record
 
     def append(self, path, text):
-        """Add to a file; what the disk refuses is taken back and told, and the run goes on."""
+        """Add to a file; what the disk refuses is told, and the run goes on."""
         try:
             with open(path, "a") as file:
-                end = file.tell()
-                try:
-                    file.write(text)
-                    file.flush()
-                except OSError:
-                    file.truncate(end)
-                    raise
+                file.write(text)
         except OSError as error:
             self.bar.write(f"warning: cannot write {path}: {error.strerror}", file=sys.stderr)
 
@@ -817,7 +824,7 @@ def check(args, processes):
     weights = {}
     for item in args.weights:
         name, equals, path = item.partition("=")
-        if not equals or name not in args.teachers:
+        if not equals or name not in (*args.teachers, args.init):
             raise Oops(f"--weights {item}: write TEACHER=FILE, of the run's teachers: {', '.join(args.teachers)}")
         weights[name] = path
     args.weights = weights

@@ -243,7 +243,7 @@ def test_a_changed_tensor_is_named(tmp_path):
                    lambda s: s.update({"encoder.norm.weight": torch.zeros(1)}),
                "no numbers in tensor encoder.norm.weight":
                    lambda s: s.update({"encoder.norm.weight": torch.ones(64, dtype=torch.int64)}),
-               "NaN or infinity in tensor encoder.norm.weight":
+               "NaN, infinity or senseless numbers in tensor encoder.norm.weight":
                    lambda s: s.update({"encoder.norm.weight": torch.full((64,), torch.nan)})}
     for message, change in changes.items():
         other = dict(state)

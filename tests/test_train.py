@@ -14,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dune
+import teachers as zoo
 import train
 
 ROOT = os.path.dirname(os.path.abspath(dune.__file__))
@@ -359,3 +360,21 @@ def test_unics_preset_and_mixed_teachers(weights, tmp_path):
     train.main([*SMALL, *mixed, "--steps", "2", "--out", str(tmp_path / "mixed")])
     last = log_of(tmp_path / "mixed")[-1]
     assert all(math.isfinite(last[t]["loss"]) for t in ("dinov2", "deit3", "mast3r"))
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+def test_a_student_starts_as_a_published_encoder(registers, weights, tmp_path, monkeypatch):
+    """At another image size, and with registers of its own if the encoder has none."""
+    published = zoo.load_teacher("multihmr", weights[-1].split("=")[1]).vit
+    shape = dict(embed_dim=published.embed_dim, depth=len(published.blocks), num_heads=published.embed_dim // 64)
+    monkeypatch.setitem(dune.SIZES, "published", shape)
+    options = ["--arch", "published", "--layer-scale", "1", "--registers", str(registers), "--lr", "1e-12"]
+    train.main([*SMALL, *weights, *options, "--init", "multihmr", "--steps", "1", "--out", str(tmp_path)])
+    student = dune.load(tmp_path / "checkpoint.pt").encoder
+    assert student.grid == 4 != published.grid and student.registers == registers
+    image = torch.randn(1, 3, 56, 56)
+    published.position = "size"  # the student's positions were resized so
+    gap = (student(image)["patch"] - published(image)["patch"]).norm() / published(image)["patch"].norm()
+    assert (gap < 1e-4) == (registers == 0) and gap < 0.5
+    with pytest.raises(dune.Oops, match="wrong shape for tensor|lacks tensor|unknown tensor"):
+        train.main([*SMALL, *weights, "--init", "mast3r", "--steps", "1", "--out", str(tmp_path / "other")])
