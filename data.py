@@ -222,6 +222,9 @@ class Files:
         path, offset, _ = self.index.locate(i)
         return path if offset is None else f"{path}@{offset}"
 
+    def held_out(self, count):
+        return self
+
     def open(self, i):
         """Image i as a binary file. Raises OSError."""
         path, offset, length = self.index.locate(i)
@@ -254,6 +257,9 @@ class Scenes:
 
     def name(self, i):
         return f"scenes:{self.kind}:{self.start + i}"
+
+    def held_out(self, count):
+        return Scenes(f"scenes:{self.kind}:{TEST_SCENES}-{TEST_SCENES + count}")
 
     def keep(self, size):
         """Draw a source of at most 192 MB once and for all, by all cores, before the worker processes start, which then share it."""
@@ -318,7 +324,7 @@ def parse_data(specs, teachers, scenes=""):
     Oops if a source is missing, empty or broken, or if the teachers in `specs` and `teachers` are not the same.
     """
     if not specs:
-        kind = {t: domain_of(t) for t in teachers}
+        kind = {t: teachers[t].domain for t in teachers}
         return [Group(k, [Scenes(f"scenes:{k}{scenes}")], tuple(t for t in teachers if kind[t] == k)) for k in dict.fromkeys(kind.values())]
     wanted = collections.defaultdict(list)
     for line in itertools.chain.from_iterable(map(read_lines, specs)):

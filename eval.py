@@ -174,8 +174,7 @@ def on(device, batch):
 
 def chunks(values):
     """{name: [n, ...]} in parts of CHUNK."""
-    n = len(next(iter(values.values())))
-    return [{name: x[i:i + CHUNK] for name, x in values.items()} for i in range(0, n, CHUNK)]
+    return [dict(zip(values, part)) for part in zip(*(x.split(CHUNK) for x in values.values()))]
 
 def study_row(reader, scenes, grid, seed, steps=None):
     """{column: value}: probes of one frozen encoder on all domains, each trained for `steps`."""
@@ -441,8 +440,9 @@ class DenseHead(nn.Module):
         super().__init__()
         mean, std = moments(features[:, 1:])
         self.linear = nn.Linear(len(mean), outputs)
-        for name, value in (("mean", mean), ("std", std), ("bins", bins)):
-            self.register_buffer(name, value)
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+        self.register_buffer("bins", bins)
 
     def forward(self, tokens, size):
         side = math.isqrt(tokens.shape[1])
@@ -567,9 +567,6 @@ def command_seg(args):
     iou = {name: 100 * class_iou(count) for name, count in counts.items()}
     right = {name: 100 * (count.diag().sum() / count.sum()).item() for name, count in counts.items()}
     rows = {name: {"mIoU": x.nanmean().item(), "pixel accuracy": right[name]} for name, x in iou.items()}
-    absent = next(iter(iou.values())).isnan().nonzero()[:, 0].tolist()
-    if absent:
-        print(f"{len(absent)} of {classes} classes are in no test mask (the first: {absent[0]})")
     report(args, look, rows, side_by_side(args, pictures), classes={name: x.tolist() for name, x in iou.items()})
 
 MOST_CLASSES, PICTURES = 10_000, 4
@@ -838,13 +835,9 @@ def reconstruct(model, image1, image2, stride=8):
     pose, inside = relative_pose(lifted(first, focal[0], a)[0], *lifted(own, focal[1], b), focal[1], model.patch / 2)
     return {"views": (first, second), "focal": focal, "matches": (a, b), "pose": pose, "inside": inside}
 
-def pixel_grid(height, width, device=None):
-    """[height * width, 2]: the centres of the pixels."""
-    return zoo.centres(height, width, device) * torch.tensor([width, height], device=device)
-
 def centred_pixels(height, width, device=None):
-    """pixel_grid from the principal point, which is the image's centre."""
-    return pixel_grid(height, width, device) - torch.tensor([width, height], device=device) / 2
+    """[height * width, 2]: the centres of the pixels, from the principal point, which is the image's centre."""
+    return (zoo.centres(height, width, device) - 0.5) * torch.tensor([width, height], device=device)
 
 NO_FOCAL = "no focal length: {}; other weights than the model's, or a decoder that has not learned?"
 
@@ -1110,7 +1103,7 @@ def judge_two_view(model, pairs):
         depth = (guess[0, ..., 2] - pair["depth"][0])[known[0]].square().mean().sqrt()
         a, b = (index.cpu() for index in result["matches"])
         side, judged = pair["depth"].shape[-1], seen.flatten()[a]  # what both views see
-        gap = (place.flatten(0, 1)[a] - pixel_grid(side, side)[b]).norm(dim=-1)[judged]
+        gap = (place.flatten(0, 1)[a] - side * zoo.centres(side, side)[b]).norm(dim=-1)[judged]
         true = pair["pose"][0].inverse().double() @ pair["pose"][1].double()
         pose = torch.eye(4, dtype=torch.double) if result["pose"] is None else result["pose"]
         rows.append([(guess - points)[known].norm(dim=-1).mean(), depth, 100 * (gap < 0.05 * side).float().mean(),
@@ -1165,27 +1158,10 @@ def teacher_reader(name, teacher, patch):
         return teacher(images, (images.shape[-2] // patch, images.shape[-1] // patch))
     return Reader(name, read, patch, [teacher.vit])
 
-@dataclass
-class Subject:
-    """What a command looks at: a student or None, frozen teachers by name, readers of both, and at which size."""
-    model: object
-    teachers: dict
-    readers: list
-    patch: int
-    size: int
-    device: torch.device
-
-    @property
-    def grid(self):
-        return (self.size // self.patch,) * 2
-
-    @property
-    def rows(self):
-        return {t: zoo.TEACHERS[t] for t in self.teachers}
-
 def subject(args, every_teacher=True):
-    """The Subject of --run, --checkpoint, --teacher, --weights, --through, --image-size. Without --teacher: all
-    teachers of the student; every_teacher=False: none."""
+    """What a command looks at: .model (a student or None), .teachers {name: FrozenTeacher}, their .rows of zoo.TEACHERS,
+    .readers of both, .size and .patch (pixels), .grid (tokens), .device. Without --teacher: all teachers of the student;
+    every_teacher=False: none."""
     model, weights, size = None, {}, 336
     path = f"{args.run}/checkpoint.pt" if args.run else args.checkpoint
     if path:
@@ -1212,7 +1188,9 @@ def subject(args, every_teacher=True):
         raise Oops(f"--image-size {size} is no multiple of the patch size {patch}: take {fits}")
     readers = student_readers(model, through or ["encoder"]) if model else []
     readers += [teacher_reader(t, teacher, patch) for t, teacher in teachers.items()]
-    return Subject(model, teachers, readers, patch, size, args.device)
+    rows = {t: zoo.TEACHERS[t] for t in teachers}
+    return argparse.Namespace(model=model, teachers=teachers, rows=rows, readers=readers, size=size, patch=patch,
+                              grid=(size // patch,) * 2, device=args.device)
 
 def some_images(args, look):
     """As held_out(): --image, else some held-out images of --data or of the procedural scenes."""
@@ -1388,7 +1366,7 @@ def two_view_picture(path, images, result, lines=40):
     confidence below (high is warm). Returns the path."""
     pairs = torch.stack(result["matches"], 1).cpu()[result["inside"]][:4 * lines]
     pairs = pairs[::max(1, len(pairs) // lines)][:lines]  # the best ones, thinned out
-    places = [pixel_grid(*x.shape[1:])[p] / torch.tensor(x.shape[:0:-1]) for x, p in zip(images, pairs.T)]
+    places = [zoo.centres(*image.shape[1:])[at] for image, at in zip(images, pairs.T)]
     scale = max(1, 320 // max(images[0].shape))
 
     def colours(values):
@@ -1515,7 +1493,7 @@ COMMON = {
     "run": option(None, "folder of a run"),
     "checkpoint": option(None, "one of our checkpoints, or a published DUNE or UNIC file or name"),
     "teacher": option([], "a bare teacher (pca, loss, spectrum, study: only these of the student's); may be repeated",
-                      choices=tuple(zoo.TEACHERS)),
+                      choices=tuple(zoo.TEACHERS), metavar="NAME"),
     "weights": option([], "a teacher's weights, instead of downloading them", metavar="TEACHER=FILE"),
     "image_size": option(0, "pixels; 0: the size the student was trained at, 336 for a teacher alone", high=2048),
     "out": option(None, "where to write, without .json, .png; without: beside the run, or here"),
@@ -1535,9 +1513,9 @@ PROBED = {
 TOKEN = {"token": option(None, "without: the class token if there is one", choices=("cls", "patch", "both"))}
 STEPS = {"steps": option(1000, "training steps of the probe", 1, 1e6)}
 SLIDING = {"sliding": option(False, "look through square windows, not at the whole image squeezed to a square")}
-SEEDS = {"seeds": option(3, "how many", 1, 1000)}
 COMMANDS = {  # name: (function, its options, what it tells)
-    "study": (command_study, {**COMMON, **SEEDS}, "Linear probes, k-NN, matching on procedural scenes."),
+    "study": (command_study, {**COMMON, "seeds": option(3, "how many", 1, 1000)},
+              "Linear probes, k-NN, matching on procedural scenes."),
     "ablate": (command_ablate, {
         "steps": option(60, "training steps of the student", 1, 1e6),
         "quick": option(False, "only the paper's choice and single changes of it, half as long"),

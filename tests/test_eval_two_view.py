@@ -22,7 +22,7 @@ def turn(axis, degrees):
 
 def point_map(focal, height, width, generator):
     """[height, width, 3] points at random depths, as a camera of this focal length sees them."""
-    pixels = ev.pixel_grid(height, width).double() - torch.tensor([width, height]) / 2
+    pixels = ev.centred_pixels(height, width).double()
     depth = 1 + 4 * torch.rand(height * width, 1, generator=generator, dtype=torch.double)
     return torch.cat([pixels / focal * depth, depth], 1).view(height, width, 3)
 
