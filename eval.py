@@ -123,7 +123,7 @@ def command_study(args):
           "depth RMSE in m, normals in degrees, joints 3D in cm")
     table({name: {"M params": parameters[name] / 1e6, **row} for name, row in mean.items()}, spread=spread)
     ratios = beside_own_teachers(mean, look) if look.model else {}
-    if ratios:
+    if any(ratios.values()):
         print("\nbeside the teacher whose job it is (1: equal, more is better)")
         table(ratios)
     content = {"seeds": args.seeds, "image_size": look.size, "parameters": parameters, "values": values}
@@ -140,15 +140,14 @@ def ratio(column, value, reference):
 
 def beside_own_teachers(mean, look):
     """{row: {column: ratio}}: the student, and the best of the other teachers, beside each column's own teacher."""
-    ratios = {}
+    ratios = {"encoder": {}, "through its projector": {}, "best other teacher": {}}
     for column in COLUMNS:
         own = owner(column, look.teachers)
         if own in look.model.projectors:
             beside = {name: ratio(column, row[column], mean[own][column]) for name, row in mean.items()}
-            others = [beside[t] for t in look.teachers if t != own]
-            found = beside["encoder"], beside[f"through {own}"], max(others, default=math.nan)
-            for name, value in zip(("encoder", "through its projector", "best other teacher"), found):
-                ratios.setdefault(f"{name} / own teacher", {})[column] = value
+            ratios["encoder"][column] = beside["encoder"]
+            ratios["through its projector"][column] = beside[f"through {own}"]
+            ratios["best other teacher"][column] = max((beside[t] for t in look.teachers if t != own), default=math.nan)
     return ratios
 
 def study_scenes(seed, look, train, test, pairs):
@@ -241,7 +240,6 @@ def random_encoder(look, seed):
 
 FACTORS = {"projector": ("sp", "lp", "tp"), "sharing": ("own", "own+generic", "all"), "drop": (0.0, 0.5)}
 PAPERS = {"projector": "tp", "sharing": "all", "drop": 0.5}
-MEASURES = ("loss", "imbalance", "study", "images/s")
 
 def command_ablate(args):
     configs = [dict(zip(FACTORS, levels)) for levels in itertools.product(*FACTORS.values())]
@@ -257,9 +255,9 @@ def command_ablate(args):
         rate = train_tiny(folder, config, seed, steps, args.device)
         look = subject(argparse.Namespace(run=folder, teacher=[], weights=[], image_size=0, device=args.device))
         judge = judge or ablation_judge(look)
-        measured = {"images/s": rate, **judge(look.model)}
-        values.setdefault(name, []).append({measure: measured[measure] for measure in MEASURES})
-        runs.append({**config, "seed": seed, "steps": steps, **measured})
+        row, details = judge(look.model)
+        values.setdefault(name, []).append({**row, "images/s": rate})
+        runs.append({**config, "seed": seed, "steps": steps, "images/s": rate, **row, **details})
         path = write_json(args, {"runs": runs})  # at once: half an hour may be interrupted
     print(f"{len(runs)} runs of {steps} steps, mean ± spread of {args.seeds} seeds; loss: held-out, mean over all;\n"
           "imbalance: largest - smallest teacher's; study: encoder's probes / own teacher's, mean over columns")
@@ -280,7 +278,7 @@ def train_tiny(folder, config, seed, steps, device):
     return float(np.median([number(line, "images_per_s") for line in read_log(folder)][1:] or [math.nan]))
 
 def ablation_judge(look):
-    """judge(model) -> {measure: value}; the scenes are drawn and the teachers probed once for all models."""
+    """judge(model) -> {measure: value}, details; the scenes are drawn and the teachers probed once for all models."""
     scenes = study_scenes(0, look, train=540, test=240, pairs=20)
 
     def probes(reader):
@@ -292,8 +290,9 @@ def ablation_judge(look):
         losses = {t: parts["loss"] for t, parts in held_out_losses(model, look.teachers, held, look.grid).items()}
         found = probes(student_readers(model, ["encoder"])[0])
         ratios = [ratio(column, value, own[owner(column, own)][column]) for column, value in found.items()]
-        means = {"loss": float(np.mean(list(losses.values()))), "study": float(np.mean(ratios))}
-        return {**means, "imbalance": max(losses.values()) - min(losses.values()), "losses": losses, "probes": found}
+        row = {"loss": np.mean(list(losses.values())).item(), "imbalance": max(losses.values()) - min(losses.values()),
+               "study": np.mean(ratios).item()}
+        return row, {"losses": losses, "probes": found}
     return judge
 
 # ---- Folders of images -----------------------------------------------------------------------------------------------
@@ -353,10 +352,27 @@ def listing(folder, suffixes=""):
 
 # ---- Classification: k-NN, linear probe ------------------------------------------------------------------------------
 
-def command_knn(args):
-    def judge(x, labels, y, truth, classes):
-        return top(knn(x, labels, y, classes, args.k, args.temperature), truth)
-    classification(args, judge)
+def command_classify(args):
+    train, labels, names = class_folders(args.train)
+    test, truth, _ = class_folders(args.test, names)
+    look = subject(args, every_teacher=False)
+    labels, truth = labels.to(look.device), truth.to(look.device)
+    rows = {}
+    for reader in look.readers:
+        has_cls = reader(torch.zeros(1, 3, look.size, look.size, dtype=torch.uint8))["cls"] is not None
+        token = args.token or ("cls" if has_cls else "patch")
+        if token != "patch" and not has_cls:
+            raise Oops(f"{reader.name} has no class token: take --token patch")
+        columns = {"cls": slice(0, 1), "patch": slice(1, 2), "both": slice(0, 2)}[token]
+        x, y = (extract(reader, [(path, None) for path in paths], look.size, dense=False) for paths in (train, test))
+        x, y = (torch.from_numpy(np.array(z[:, columns])).float().flatten(1).to(look.device) for z in (x, y))
+        if args.command == "knn":
+            rows[reader.name] = top(knn(x, labels, y, len(names), args.k, args.temperature), truth)
+        else:
+            scores, rate = linear_probe(x, labels, y, len(names), args.steps, args.seed)
+            rows[reader.name] = {**top(scores, truth), "lr": f"{rate:g}"}
+        rows[reader.name]["token"] = token
+    report(args, look, rows, train=args.train, test=args.test, images=[len(train), len(test)])
 
 def knn(train, labels, test, classes, k=20, temperature=0.07):
     """Scores [m, classes] of DINO's weighted k-NN: each of the k nearest (cosine) of train [n, D] votes with
@@ -374,45 +390,23 @@ def top(scores, labels):
     hit = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
     return {"top-1": 100 * hit[:, 0].float().mean().item(), "top-5": 100 * hit.any(1).float().mean().item()}
 
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+def linear_probe(x, labels, y, classes, steps, seed, rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2)):
+    """(scores [m, classes] of y, rate) of the best, on a tenth of x, of linear heads trained at these rates."""
+    torch.manual_seed(seed)
+    mean, std = moments(x)
+    x, y = (x - mean) / std, (y - mean) / std
+    held, rest = torch.randperm(len(x)).tensor_split([max(1, len(x) // 10)])
+    heads = [nn.Linear(x.shape[1], classes).to(x.device) for _ in rates]
 
-def command_linear(args):
-    def judge(x, labels, y, truth, classes):
-        torch.manual_seed(args.seed)
-        mean, std = moments(x)
-        x, y = (x - mean) / std, (y - mean) / std
-        held, rest = torch.randperm(len(x)).tensor_split([max(1, len(x) // 10)])
-        heads = [nn.Linear(x.shape[1], classes).to(x.device) for _ in RATES]
-
-        def loss(step):
-            rows = rest[torch.randint(len(rest), (min(1024, len(rest)),))]
-            return sum(F.cross_entropy(head(x[rows]), labels[rows]) for head in heads)
-        groups = [{"params": list(head.parameters()), "lr": rate} for head, rate in zip(heads, RATES)]
-        zoo.fit(groups, loss, args.steps, max(RATES), what="linear probes")
-        with torch.no_grad():
-            losses = [F.cross_entropy(head(x[held]), labels[held]).item() for head in heads]
-            best = losses.index(min(losses))
-            return {**top(heads[best](y), truth), "lr": f"{RATES[best]:g}"}
-    classification(args, judge)
-
-def classification(args, judge):
-    """The common part of knn and linear; judge(train features, labels, test features, labels, number of classes) ->
-    {column: value}."""
-    train, labels, names = class_folders(args.train)
-    test, truth, _ = class_folders(args.test, names)
-    look = subject(args, every_teacher=False)
-    rows = {}
-    for reader in look.readers:
-        has_cls = reader(torch.zeros(1, 3, look.size, look.size, dtype=torch.uint8))["cls"] is not None
-        token = args.token or ("cls" if has_cls else "patch")
-        if token != "patch" and not has_cls:
-            raise Oops(f"{reader.name} has no class token: take --token patch")
-        columns = {"cls": slice(0, 1), "patch": slice(1, 2), "both": slice(0, 2)}[token]
-        x, y = (extract(reader, [(path, None) for path in paths], look.size, dense=False) for paths in (train, test))
-        x, y = (torch.from_numpy(np.array(z[:, columns])).float().flatten(1).to(look.device) for z in (x, y))
-        found = judge(x, labels.to(look.device), y, truth.to(look.device), len(names))
-        rows[reader.name] = {**found, "token": token}
-    report(args, look, rows, train=args.train, test=args.test, images=[len(train), len(test)])
+    def loss(step):
+        rows = rest[torch.randint(len(rest), (min(1024, len(rest)),))]
+        return sum(F.cross_entropy(head(x[rows]), labels[rows]) for head in heads)
+    groups = [{"params": list(head.parameters()), "lr": rate} for head, rate in zip(heads, rates)]
+    zoo.fit(groups, loss, steps, max(rates), what="linear probes")
+    with torch.no_grad():
+        losses = [F.cross_entropy(head(x[held]), labels[held]).item() for head in heads]
+        best = losses.index(min(losses))
+        return heads[best](y), rates[best]
 
 def class_folders(path, names=None):
     """(paths, labels [n], class names) of a folder with one folder of images for each class; names: those allowed."""
@@ -737,20 +731,21 @@ def load_pair(a, b, flow=None):
 def command_spectrum(args):
     look = subject(args)
     images = some_images(args, look)["image"]
-    panels = {t: [teacher_reader(t, teacher, look.patch)] for t, teacher in look.teachers.items()}
+    projectors = look.model.projectors if look.model else {}
+    groups = {t: [teacher_reader(t, x, look.patch)] for t, x in look.teachers.items()}
+    for t in groups.keys() & projectors.keys():
+        groups[t] += student_readers(look.model, [t])
     if look.model:
-        for t in panels.keys() & look.model.projectors.keys():
-            panels[t] += student_readers(look.model, [t])
-        panels["the student's encoder"] = student_readers(look.model, ["encoder"])
-    curves, rows = {}, {}
-    for reader in tqdm([reader for group in panels.values() for reader in group], "spectrum", leave=False):
-        x = explained(joined([reader(part) for part in images.split(16)])["patch"])
-        needed = {f"{percent} % of variance": str(1 + int((x < percent / 100).sum())) for percent in (50, 90, 99)}
-        rows[reader.name] = {**needed, "dimensions": str(len(x))}
-        curves[reader.name] = x.tolist()
-    lines = {f"variance explained: {title}": {r.name: (itertools.count(1), curves[r.name]) for r in group}
-             for title, group in panels.items()}
-    report(args, look, rows, draw_curves(output(args, ".png"), lines, width=380), curves=curves)
+        groups["the student's encoder"] = student_readers(look.model, ["encoder"])
+    panels, curves, rows = {}, {}, {}
+    for title, readers in tqdm(groups.items(), "spectrum", leave=False):
+        for name, reader in ((reader.name, reader) for reader in readers):
+            x = explained(joined([reader(part) for part in images.split(16)])["patch"])
+            needed = {f"{percent} % of variance": str(1 + int((x < percent / 100).sum())) for percent in (50, 90, 99)}
+            rows[name] = {**needed, "dimensions": str(len(x))}
+            curves[name] = x.tolist()
+            panels.setdefault(f"variance explained: {title}", {})[name] = itertools.count(1), curves[name]
+    report(args, look, rows, draw_curves(output(args, ".png"), panels, width=380), curves=curves)
 
 def explained(features):
     """Cumulative share [D] of the variance of features [..., D] that their first principal components explain."""
@@ -1159,8 +1154,8 @@ def teacher_reader(name, teacher, patch):
     return Reader(name, read, patch, [teacher.vit])
 
 def subject(args, every_teacher=True):
-    """What a command looks at: .model (a student or None), .teachers {name: FrozenTeacher}, their .rows of zoo.TEACHERS,
-    .readers of both, .size and .patch (pixels), .grid (tokens), .device. Without --teacher: all teachers of the student;
+    """What a command looks at: .model (a student or None), .teachers {name: FrozenTeacher}, their .rows of TEACHERS,
+    .readers of both, .size and .patch (pixels), .grid (tokens), .device. Without --teacher: all of the student's;
     every_teacher=False: none."""
     model, weights, size = None, {}, 336
     path = f"{args.run}/checkpoint.pt" if args.run else args.checkpoint
@@ -1527,11 +1522,11 @@ COMMANDS = {  # name: (function, its options, what it tells)
     "spectrum": (command_spectrum, {**COMMON, **IMAGES}, "Figure 4: what share of the variance n components explain."),
     "alignment": (command_alignment, {"run": COMMON["run"], "out": COMMON["out"]},
                   "Figure 5, from a run's log.jsonl: do the teachers' losses change together?"),
-    "knn": (command_knn, {
+    "knn": (command_classify, {
         **COMMON, **PROBED, **TOKEN, "k": option(20, "neighbours", 1),
         "temperature": option(0.07, "of their votes", 0.001, 100),
     }, "A folder of images for each class: weighted k-NN as DINO does it, top-1 and top-5."),
-    "linear": (command_linear, {**COMMON, **PROBED, **TOKEN, **STEPS},
+    "linear": (command_classify, {**COMMON, **PROBED, **TOKEN, **STEPS},
                "A folder of images for each class: linear probes, the best of five learning rates on held-out images."),
     "seg": (command_seg, {
         **COMMON, **PROBED, **STEPS, **SLIDING,
