@@ -141,7 +141,7 @@ class ViT(nn.Module):
         if height % self.patch_size or width % self.patch_size:
             raise Oops(f"image size {height}x{width} is no multiple of the patch size {self.patch_size}")
         rows, cols = height // self.patch_size, width // self.patch_size
-        x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)
+        x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2).to(self.norm.weight.dtype)  # fp32 under autocast
         if self.pos_embed is not None:
             x = x + self.positions(rows, cols)
         # Registers first, then class and patches: attention does not see the order, and projectors read a plain slice.
@@ -587,7 +587,7 @@ def load_strictly(module, state, path):
 
 def fetch(url):
     """The path of a published file in torch's hub cache, downloaded (with a bar, beside, renamed) if it is missing."""
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+    path = cached(url)
     if not os.path.exists(path):
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -596,6 +596,12 @@ def fetch(url):
         except (OSError, RuntimeError) as error:  # URLError is an OSError
             raise Oops(f"cannot download {url} ({error}); get it by hand and put it at {path}") from None
     return path
+
+def cached(url):
+    """Where fetch() keeps a published file: in torch's hub cache; Hugging Face's, many of one name, by repository."""
+    parts = url.split("/")
+    name = f"{parts[4]}-{parts[-1]}" if parts[2] == "huggingface.co" else parts[-1]
+    return os.path.join(torch.hub.get_dir(), "checkpoints", name)
 
 # ---- The four places through which all else passes: files from outside, our files, options, the way out --------------
 
@@ -620,7 +626,7 @@ def read_checkpoint(path):
                     raise ValueError("checksum")
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-        if not all_plain(content):
+        if not all(map(is_plain, tensors_in(content))):
             raise Oops(f"cannot read {path}: it holds a tensor that is sparse, quantised, or larger than its bytes")
         return content
     except (Oops, OSError, MemoryError):
@@ -643,15 +649,21 @@ def regular(path):
         raise Oops(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}, expected a file")
     return str(path)
 
-def all_plain(content):
-    """Whether every tensor in nested containers is dense, on the CPU, and has all of its numbers in memory."""
+def tensors_in(content):
+    """Every tensor in nested dicts, lists and tuples."""
     if torch.is_tensor(content):
-        if content.layout != torch.strided or content.device.type != "cpu" or content.is_quantized:
-            return False
-        return content.numel() * content.element_size() <= content.untyped_storage().nbytes()
+        yield content
     if isinstance(content, dict):
-        content = content.values()
-    return all(map(all_plain, content)) if isinstance(content, (list, tuple, type({}.values()))) else True
+        content = list(content.values())
+    if isinstance(content, (list, tuple)):
+        for part in content:
+            yield from tensors_in(part)
+
+def is_plain(tensor):
+    """Whether a tensor is dense, on the CPU, and has all of its numbers in memory."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 def read_safetensors(path):
     """{name: tensor} of a .safetensors file: 8 bytes for the header's length, the header in JSON, all numbers."""
@@ -770,7 +782,8 @@ def run(main):
         line = in_a_line(error)
         if line is None:
             raise
-        for bar in list(getattr(sys.modules.get("tqdm"), "tqdm", argparse.Namespace(_instances=()))._instances):
+        from tqdm import tqdm
+        for bar in list(getattr(tqdm, "_instances", ())):
             bar.leave = False  # clears what it has drawn
             bar.close()
         if first_to_tell():

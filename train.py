@@ -415,15 +415,14 @@ class Log:
         for j, t in enumerate(terms):
             real = part.allowed[:, j][part.rows[t]]
             for name, value in {**terms[t], "loss": losses[:, j][part.rows[t]]}.items():
-                sums[f"{t}/{name}"] = (torch.where(real, value.detach(), 0).sum(), real.sum())
+                sums[f"{t}/{name}"] = (torch.where(real, value.detach(), 0).sum(), real.sum().float())
             sums[f"{t}/share"] = (coefficients[:, j].sum(), count)
         self.keep(sums)
 
     def keep(self, sums):
-        """Add up {name: (sum, count)}, all on the device."""
-        names = tuple(sums)
-        values = torch.stack([x.float() for pair in sums.values() for x in pair])
-        self.sums[names] = values + self.sums.get(names, 0)
+        """Add up {name: (sum, count)}, on the device."""
+        for name, pair in sums.items():
+            self.sums[name] = self.sums.get(name, 0) + torch.stack(pair)
 
     def step(self, done, optimizer, norm, skipped, bad):
         """The end of a step: the bar, and every so often a line of the log. Ten skipped steps in a row end the run."""
@@ -447,22 +446,21 @@ class Log:
 
     def record(self, done, lr):
         """A line of the log: means over all processes since the last one; a name teacher/… goes under its teacher."""
-        values = torch.cat([*self.sums.values(), torch.tensor([self.bad], device=self.streak.device)])
-        values = self.processes.sum(values).tolist()
+        self.keep({"bad_images": torch.tensor([self.bad, 1.0], device=self.streak.device).unbind()})
+        sums = self.processes.sum(torch.stack(list(self.sums.values()))).tolist()
+        sums = dict(zip(self.sums, sums))
+        self.totals["skipped"] += round(sums.pop("skipped")[0] / self.processes.world)
+        self.totals["bad_images"] += round(sums.pop("bad_images")[0])
         now = time.perf_counter()
         spent = now - self.began
         record = {"step": done, "images": done * self.args.batch, "lr": lr,
                   "momentum": momentum_at(done - 1, self.args.steps),
                   "images_per_s": (done - self.seen) * self.args.batch / spent, "data_wait": self.waited / spent,
-                  "memory_gb": memory(self.processes.device)}
-        names = [name for names in self.sums for name in names]
-        for name, total, count in zip(names, values[0::2], values[1::2]):
+                  "memory_gb": memory(self.processes.device), **self.totals}
+        for name, (total, count) in sums.items():
             teacher, _, part = name.rpartition("/")
-            (record.setdefault(teacher, {}) if teacher else record)[part] = total / count if count else None
-        skipped = values[2 * names.index("skipped")] / self.processes.world
-        self.totals = {"skipped": self.totals["skipped"] + round(skipped),
-                       "bad_images": self.totals["bad_images"] + round(values[-1])}
-        record.update(self.totals)
+            place = record.setdefault(teacher, {}) if teacher else record
+            place[part] = total / count if count else None
         self.sums, self.bad = {}, 0
         self.seen, self.began, self.waited = done, now, 0.0
         return record
@@ -768,7 +766,8 @@ def count_flops(model, teachers, args):
     for kind, module in [("student", model), *(("teachers", teacher) for teacher in teachers.values())]:
         module = copy.deepcopy(module).to("meta", torch.float32)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            module(image, *([grid] if kind == "teachers" else []))
+            # a teacher's forward() asks for autocast, which "meta" has none of
+            module.features(image, grid) if kind == "teachers" else module(image)
         counts[kind] += counter.get_total_flops()
     return counts
 
