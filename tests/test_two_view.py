@@ -131,5 +131,3 @@ def test_contrast_is_least_for_true_pairs():
     order = torch.stack([torch.randperm(10) for _ in range(2)])
     y = torch.zeros_like(x).scatter(1, order[..., None].expand_as(x), x)
     assert teachers.contrast(x, y, order).max() < 0.5 < 3 < teachers.contrast(x, y, order.roll(1, 1)).min()
-
-# ---- Tests of eval.py, below this line -------------------------------------------------------------------------------
