@@ -1,8 +1,8 @@
 """How fast, and how near to the memory's own speed:  python -m kernels.bench [--quick] [--compiled] [--out figure.png]
 
-Prints the measured copy bandwidth, then for every shape and for moments, forward, backward and the three together: time,
-bytes that must move, GB/s, their share of the copy, the GB/s within this card's reach, how many times as long the
-published way of writing it and torch.compile of that take, and the memory each holds beyond inputs and gradient.
+Prints the measured copy bandwidth, then for every shape and for moments, forward, backward and the three together:
+time, bytes that must move, GB/s, their share of the copy, the GB/s within this card's reach, how many times as long
+the published way of writing it and torch.compile of that take, and the memory each holds beyond inputs and gradient.
 
 --compiled needs no GPU: what the compiler makes of the kernels for four GPUs, and the share of the bandwidth on their
 data sheets that is within reach, from instructions and bytes under way (`reach`).
@@ -142,8 +142,10 @@ class Sheet(NamedTuple):
     bandwidth: float         # bytes a second
 
 
-SHEETS = {"H100": Sheet(("cuda", 90, 32), 132, 1.755e9, 3.35e12), "H200": Sheet(("cuda", 90, 32), 132, 1.755e9, 4.8e12),
-          "B200": Sheet(("cuda", 100, 32), 148, 1.85e9, 8e12), "MI300X": Sheet(("hip", "gfx942", 64), 304, 2.1e9, 5.3e12)}
+SHEETS = {"H100": Sheet(("cuda", 90, 32), 132, 1.755e9, 3.35e12),
+          "H200": Sheet(("cuda", 90, 32), 132, 1.755e9, 4.8e12),
+          "B200": Sheet(("cuda", 100, 32), 148, 1.85e9, 8e12),
+          "MI300X": Sheet(("hip", "gfx942", 64), 304, 2.1e9, 5.3e12)}
 LATENCY = 0.7e-6   # seconds until memory answers: bandwidth times this must be under way
 ISSUE = 0.6        # share of its cycles in which a scheduler is taken to start an instruction, with two to four warps
 TYPES = {"bf16": ("i32", 4, 2), "fp16": ("fp16", 2, 1), "fp32": ("fp32", 4, 1)}   # a word, its bytes, channels in it
@@ -161,11 +163,11 @@ def compile_ahead(D, dtype, target=("cuda", 90, 32), tokens=(128, 576), ones=())
     from . import distill, moments
     kind, word, pair = (dtype, 2, 1) if dtype == "bf16" and D % 2 else TYPES[dtype]
     common = {"D": D, "PACK": pair, "VECTOR": 16 // word if D * pair % 16 == 0 else 1} | dict.fromkeys(ones, 1)
-    stage = moments.plan(*tokens, D, pair, target[2])
-    sets = triton.next_power_of_2(stage.sets)
+    rows, tile, _, _, _, sets = moments.plan(*tokens, D, pair, target[2])
+    sets = triton.next_power_of_2(sets)
     kernels = {"moments": (moments._partial_kernel, moments.WARPS, common | {
-                   "ROWS": stage.rows, "UNROLL": moments.UNROLL, "TILE": stage.tile}),
-               "merge": (moments._merge_kernel, moments.WARPS, {"SETS": sets, "COLS": stage.merge_cols})}
+                   "ROWS": rows, "UNROLL": moments.UNROLL, "TILE": tile}),
+               "merge": (moments._merge_kernel, moments.WARPS, {"SETS": sets, "COLS": 4096 // sets})}
     for name in "forward", "backward":
         backward = name == "backward"
         rows, tile, warps, _ = distill.plan(backward, D, word, pair, distill.Card(target[2]))
@@ -176,8 +178,10 @@ def compile_ahead(D, dtype, target=("cuda", 90, 32), tokens=(128, 576), ones=())
     result = {}
     for name, (kernel, warps, constants) in kernels.items():
         names = kernel.arg_names
-        signature = {n: "constexpr" if n in constants else pointers.get(n, "fp32" if n == "eps" else "i32") for n in names}
-        source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items() if n in names},
+        signature = {n: pointers.get(n, "fp32" if n == "eps" else "i32") for n in names}
+        constants = {n: value for n, value in constants.items() if n in names}
+        signature |= dict.fromkeys(constants, "constexpr")
+        source = ASTSource(kernel, signature, {(names.index(n),): value for n, value in constants.items()},
                            {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"})
         options = {"num_warps": warps, "enable_fp_fusion": True}
         result[name] = triton.compile(source, target=GPUTarget(*target), options=options)
@@ -195,93 +199,80 @@ def accesses(ptx):
     return found
 
 
-class Code(NamedTuple):
-    registers: int   # of a lane
-    spilled: int     # bytes of its stack, or registers (ROCm)
-    loop: int        # instructions of the longest loop (ROCm: those for all lanes)
-
-
 def code(kernel):
-    """Code of a compiled kernel: from GCN, or from SASS by the cuobjdump that comes with Triton; None without that."""
+    """(registers of a lane, bytes or on ROCm registers spilled, instructions of the longest loop) of a compiled kernel.
+
+    From GCN, where instructions are those for all lanes, or from SASS by Triton's cuobjdump; None without that."""
     import triton
-    jumps, at = [0], {}
+    loops = [0]
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
-        used, spilled = (int(re.search(rf"\.vgpr_{what}: +(\d+)", text)[1]) for what in ("count", "spill_count"))
-        count = 0
+        labels, count = {}, 0
         for line in text.splitlines():
-            count += bool(re.match(r"\s+(v|ds|global|buffer|flat)_", line))
             if line.startswith(".L"):
-                at[line.split(":")[0]] = count
-            if re.match(r"\s+s_c?branch", line):
-                jumps.append(count - at.get(line.split()[-1], count))
-        return Code(used, spilled, max(jumps))
+                labels[line.split(":")[0]] = count
+            elif re.match(r"\s+(v|ds|global|buffer|flat)_", line):
+                count += 1
+            elif re.match(r"\s+s_c?branch", line):
+                loops.append(count - labels.get(line.split()[-1], count))
+        used, spilled = (int(re.search(rf"\.vgpr_{what}: +(\d+)", text)[1]) for what in ("count", "spill_count"))
+        return used, spilled, max(loops)
     tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if not tool.exists():
         return None
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        text = subprocess.run([tool, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.check_output([tool, "-res-usage", "-sass", file.name], text=True)
+    for at, to in re.findall(r"/\*([0-9a-f]{4,})\*/[^;\n]*\bBRA\b[^;\n]* 0x([0-9a-f]+)\s*;", text):
+        loops.append((int(at, 16) - int(to, 16)) // 16 + 1)
     used, stack, local = (int(re.search(rf"{what}:(\d+)", text)[1]) for what in ("REG", "STACK", "LOCAL"))
-    for place, line in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", text):
-        target = re.search(r"\bBRA\b.* 0x([0-9a-f]+)$", line)
-        if target:
-            jumps.append((int(place, 16) - int(target[1], 16)) // 16 + 1)
-    return Code(used, stack + local, max(jumps))
+    return used, stack + local, max(loops)
 
 
-class Reach(NamedTuple):
-    instructions: float   # of the loop, for each element of a lane
-    warps: int            # that a multiprocessor holds
-    under_way: int        # bytes that these have asked for
-    busy: float           # share of the cycles that the instructions take at full bandwidth
-    share: float          # of the bandwidth that is within reach
-
-
-def reach(name, loop, D, dtype, sheet):
-    """Reach of the kernel `name` with `loop` instructions in its loop, for D channels, on a card."""
+def reach(card, D, dtype):
+    """What of the bandwidth is within reach of each kernel on a card of SHEETS, {} without cuobjdump. As {name: (row of
+    the table, bytes a second)}."""
     from . import distill, moments
-    _, word, pair = TYPES[dtype]
+    sheet = SHEETS[card]
     lanes = sheet.target[2]
-    if name == "moments":
-        programs, warps = moments.PROGRAMS // sheet.multiprocessors, moments.WARPS
-        elements = loads = 8 * moments.UNROLL   # of a lane, in a turn of the loop; and under way
-        moved = 1
-    else:
-        card = distill.Card(lanes) if sheet.target[0] == "cuda" else distill.Card(lanes, 1, 131072, 0)
-        rows, _, warps, programs = distill.plan(name == "backward", D, word, pair, card)
-        elements = rows * D / (lanes * warps)
-        loads = 2 * 2 * elements                # two turns of student and teacher
-        moved = 3 if name == "backward" else 2
+    _, word, pair = TYPES[dtype]
     size = word // pair
-    under_way = int(programs * warps * lanes * loads * size)
-    starts = sheet.multiprocessors * sheet.clock * (128 if lanes == 32 else 64)   # lanes' instructions a second
-    busy = sheet.bandwidth / (moved * size) * loop / elements / starts
-    share = min(1, ISSUE / busy, under_way * sheet.multiprocessors / (sheet.bandwidth * LATENCY))
-    return Reach(loop / elements, programs * warps, under_way, busy, share)
-
-
-def compiled(card, D, dtype):
-    """{name: (Code, Reach, accesses)} of the kernels on a card of SHEETS; without cuobjdump empty."""
-    kernels = compile_ahead(D, dtype, SHEETS[card].target)
-    found = {name: code(kernels[name]) for name in STAGES[:3]}
-    return {name: (c, reach(name, c.loop, D, dtype, SHEETS[card]), accesses(kernels[name].asm.get("ptx", "")))
-            for name, c in found.items() if c}
+    starts = sheet.multiprocessors * sheet.clock * (128 if lanes == 32 else 64)   # instructions of lanes, a second
+    found = {}
+    for name, kernel in compile_ahead(D, dtype, sheet.target).items():
+        compiled = code(kernel)
+        if name == "merge" or not compiled:
+            continue
+        registers, spilled, loop = compiled
+        if name == "moments":
+            warps, programs = moments.WARPS, moments.PROGRAMS // sheet.multiprocessors
+            elements = loads = 8 * moments.UNROLL   # of a lane in a turn of the loop; and under way
+        else:
+            gpu = distill.Card(lanes) if lanes == 32 else distill.Card(lanes, 1, 131072, 0)
+            rows, _, warps, programs = distill.plan(name == "backward", D, word, pair, gpu)
+            elements = rows * D / (lanes * warps)
+            loads = 2 * 2 * elements                # two turns of student and teacher
+        under_way = programs * warps * lanes * loads * size
+        moved = {"moments": 1, "forward": 2, "backward": 3}[name] * size
+        busy = sheet.bandwidth / moved * loop / elements / starts
+        share = min(1, ISSUE / busy, under_way * sheet.multiprocessors / (sheet.bandwidth * LATENCY))
+        row = f"{card:>6} {name:>8} {D:4} {dtype} {loop / elements:12.1f} {registers:9} {spilled:7}"
+        row += f" {programs * warps:5} {under_way / 1e3:12.0f} {busy:4.0%} {share:5.0%}  "
+        moves = sorted(accesses(kernel.asm.get("ptx", "")).items())
+        found[name] = row + ", ".join(f"{n} {kind}s of {b}" for (kind, b), n in moves), share * sheet.bandwidth
+    return found
 
 
 def print_compiled(channels, dtypes):
-    print("instructions: of the loop, for each element; reach: share of the data sheet's bandwidth, of whose cycles "
-          "the instructions take `busy`\nloads, stores: instructions x bytes that a lane moves")
-    print(f"{'card':>6} {'kernel':>9} {'D':>5} type instructions registers spilled warps KB under way busy reach  loads; stores")
+    print("instructions: in the loop, for each element. busy: the share of cycles that they take at the bandwidth of\n"
+          "the data sheet. reach: share of that within reach. At the end: loads and stores of so many bytes a lane.")
+    print("  card   kernel    D type instructions registers spilled warps KB under way busy reach")
     for card in SHEETS:
         for D in channels:
             for dtype in dtypes:
-                for name, (c, r, found) in compiled(card, D, dtype).items():
-                    moves = [" ".join(f"{n}x{size}" for (kind, size), n in sorted(found.items()) if kind == which)
-                             for which in ("load", "store")]
-                    print(f"{card:>6} {name:>9} {D:5} {dtype} {r.instructions:12.1f} {c.registers:9} {c.spilled:7} "
-                          f"{r.warps:5} {r.under_way / 1e3:12.0f} {r.busy:4.0%} {r.share:5.0%}  {'; '.join(moves)}")
+                for row, _ in reach(card, D, dtype).values():
+                    print(row)
 
 
 def run(args):
@@ -294,20 +285,20 @@ def run(args):
         torch._functorch.config.donated_buffer = False   # lets a compiled backward run twice on one graph
         shapes = [(B, *N, D) for D in (768, 1024, 1536) for B in (32, 128) for N in ((), (576,), (1024,))]
     else:
-        where = f"a CPU ({torch.get_num_threads()} threads): PyTorch path, small sizes, only the published way beside it"
+        where = f"a CPU ({torch.get_num_threads()} threads): PyTorch path, small sizes, without torch.compile"
         shapes = [(B, *N, D) for D in (768, 1024) for B in (2, 8) for N in ((), (576,))]
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
     if args.quick:
         shapes = [shape for shape in shapes if shape[-1] == 1024]
         del dtypes["fp32"]
     print(f"{where}\ncopy bandwidth, read and written: {copy / 1e9:.1f} GB/s")
-    print(f"{'shape':>14} {'type':>8} {'stage':>9} {'us':>10} {'MB':>8} {'GB/s':>8} {'share':>6} {'reach':>8} published "
-          f"{'compiled  extra MB: ours, published, compiled' if device == 'cuda' else ''}")
+    print("         shape     type     stage         us       MB     GB/s  share    reach published",
+          " compiled  extra MB: ours, published, compiled" if device == "cuda" else "")
     bars = []
     for short, dtype in dtypes.items():
         for shape in shapes:
-            found = compiled(sheet, shape[-1], short) if sheet else {}
-            reachable = {name: r.share * SHEETS[sheet].bandwidth for name, (_, r, _) in found.items()}
+            found = reach(sheet, shape[-1], short) if sheet else {}
+            reachable = {name: speed for name, (_, speed) in found.items()}
             for name, share in bench(shape, dtype, device, copy, reachable).items():
                 bars.append((f"{'x'.join(map(str, shape))} {short} {name}", share))
     draw(bars, f"share of the copy bandwidth ({copy / 1e9:.0f} GB/s) on {where}", args.out)
@@ -323,7 +314,7 @@ def main():
     parser = Parser(prog=f"python -m {__spec__.name}", description="measures the kernels against the speed of memory")
     parser.add_argument("--out", type=pathlib.Path, default="kernels_bench.png", help="where to write the figure")
     parser.add_argument("--quick", action="store_true", help="D 1024 in bf16 only")
-    parser.add_argument("--compiled", action="store_true", help="print what is compiled, and within reach; no GPU needed")
+    parser.add_argument("--compiled", action="store_true", help="print what is compiled and within reach: no GPU")
     args = parser.parse_args()
     if not args.out.parent.is_dir():
         parser.error(f"--out {args.out}: there is no folder {args.out.parent}")

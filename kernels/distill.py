@@ -27,28 +27,22 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .words import as_words, pack, unpack
+from .words import as_words, join, split, unpack
 
 NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _statistics(mean, std, eps, D: tl.constexpr, TILE: tl.constexpr, PACK: tl.constexpr):
-    """mean and 1/max(std, eps) in tuples, laid out as `_read` does channels; 0 past the last one, where t is then 0 too."""
+    """mean and 1/max(std, eps) in tuples, as `_read` lays channels out; 0 past the last one, where t is then 0 too."""
     mus, invs = (), ()
     for k in tl.static_range((D + TILE * PACK - 1) // (TILE * PACK)):
         channel = k * TILE * PACK + tl.arange(0, TILE * PACK)
         mu = tl.load(mean + channel, mask=channel < D, other=0.0)
         sd = tl.load(std + channel, mask=channel < D, other=1.0)
         inv = tl.where(channel < D, 1.0 / tl.maximum(sd, eps, propagate_nan=NAN), 0.0)
-        if PACK == 2:
-            mu_0, mu_1 = tl.split(mu.reshape(TILE, 2))
-            inv_0, inv_1 = tl.split(inv.reshape(TILE, 2))
-            mus = mus + (mu_0[None, :], mu_1[None, :])
-            invs = invs + (inv_0[None, :], inv_1[None, :])
-        else:
-            mus = mus + (mu[None, :],)
-            invs = invs + (inv[None, :],)
+        mus = mus + split(mu[None, :], PACK)
+        invs = invs + split(inv[None, :], PACK)
     return mus, invs
 
 
@@ -68,7 +62,7 @@ def _inverse_norm(square):
 
 @triton.jit
 def _walk(row, step, N, outer, inner):
-    """Where row i N + j lies, i outer + j inner, and how far it is to row + step: in the same i, and carried to the next."""
+    """Where row i N + j lies, i outer + j inner, and how far row + step is: in the same i, and carried to the next."""
     at = (row // N).to(tl.int64) * outer + (row % N).to(tl.int64) * inner
     hop = (step // N).to(tl.int64) * outer + (step % N).to(tl.int64) * inner
     return at, hop, hop + outer - tl.cast(N, tl.int64) * inner
@@ -154,7 +148,7 @@ def _write_gradient(grad, row, inside, kept, a, b, q, BETA: tl.constexpr, D: tl.
         if (k + 1) * TILE * PACK > D:
             ok = ok & (channel < D)
         at = grad + row.to(tl.int64)[:, None] * D + channel
-        tl.store(at, pack(parts, PACK).to(grad.dtype.element_ty), mask=ok)
+        tl.store(at, join(parts, PACK).to(grad.dtype.element_ty), mask=ok)
 
 
 class Card(NamedTuple):
@@ -203,19 +197,19 @@ def plan(backward, D, word, pair, card=Card()):
 
 
 def launch(student, teacher, mean, std, cos, smooth, grad, beta, eps):
-    """Runs `_kernel`, backward if there is a grad to fill. student, teacher [A, N, D], last dimension contiguous; mean, std
-    [D] fp32; cos, smooth [A, N] fp32, contiguous; grad [A, N, D], contiguous, in the student's dtype, or None."""
+    """Runs `_kernel`, backward if there is a grad to fill, on [A, N, D]; cos, smooth and grad are contiguous."""
+    backward = grad is not None
     A, N, D = student.shape
     xs, pair = as_words(student, teacher)
     word = max(x.element_size() for x in xs)
     gpu = card(student.device) if student.is_cuda else Card()
-    rows, tile, warps, programs = plan(grad is not None, D, word, pair, gpu)
+    rows, tile, warps, programs = plan(backward, D, word, pair, gpu)
     strides = [n for x in xs for n in (x.stride(0) if A > 1 else 0, x.stride(1))]
     vector = gcd(16 // word, *strides)   # words that lie together, aligned, wherever a token begins
     grid = min(triton.cdiv(A * N, rows), programs * gpu.multiprocessors)
     with torch.cuda.device_of(student):
         _kernel[(grid,)](
-            *xs, mean, std, cos, smooth, grad, A * N, N, *(n // vector for n in strides), eps, BACKWARD=grad is not None,
+            *xs, mean, std, cos, smooth, grad, A * N, N, *(n // vector for n in strides), eps, BACKWARD=backward,
             BETA=beta, D=D, ROWS=rows, TILE=tile, PACK=pair, VECTOR=vector, num_warps=warps, enable_fp_fusion=True)
 
 

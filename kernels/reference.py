@@ -76,7 +76,7 @@ def merge_moments(counts, means, m2s):
 
 
 def fold(*xs):
-    """[..., D] tensors of one leading shape as [A, N, D] views; only what does not fold into two dimensions is copied."""
+    """[..., D] tensors of one leading shape as [A, N, D] views; only what does not fold into two is copied."""
     lead = [n for n in xs[0].shape[:-1] if n != 1]
     xs = [x.reshape(*lead, x.shape[-1]) for x in xs]
     for k in range(len(lead) + 1):

@@ -1,4 +1,4 @@
-"""bf16 features as 32-bit words of two channels each: half as many elements to load, and one instruction to unpack each."""
+"""bf16 features as 32-bit words of two channels each: one instruction, a shift or a mask, makes fp32 of a channel."""
 
 import torch
 import triton
@@ -23,8 +23,17 @@ def unpack(words, PACK: tl.constexpr):
 
 
 @triton.jit
-def pack(parts, PACK: tl.constexpr):
-    """The channels in their order again, from a tuple as `unpack` gives it."""
+def split(x, PACK: tl.constexpr):
+    """Channels [1, n] as `unpack` gives them: PACK tensors [1, n / PACK]."""
+    if PACK == 2:
+        return x.reshape(1, x.shape[1] // 2, 2).split()
+    else:
+        return (x,)
+
+
+@triton.jit
+def join(parts, PACK: tl.constexpr):
+    """The channels of a tuple that `unpack` gave in their order again."""
     if PACK == 2:
         return tl.interleave(parts[0], parts[1])
     else:
