@@ -83,7 +83,8 @@ TEACHERS = {
     "dinov2_vits14": Teacher(DINOV2.format("vits14", ""), "Apache-2.0", generic=True, shape=VIT14 | SMALL),
     "dinov2_vitb14": Teacher(DINOV2.format("vitb14", ""), "Apache-2.0", generic=True, shape=VIT14 | BASE),
     # UNIC's four
-    "dino": Teacher(META + "dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", "Apache-2.0", shape=VIT16 | BASE),
+    "dino": Teacher(META + "dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", "Apache-2.0",
+                    shape=VIT16 | BASE),
     "ibot": Teacher(BYTE + "archive/2022/ibot/vitb_16_rand_mask/checkpoint_teacher.pth", "Apache-2.0",
                     inside="state_dict", shape=VIT16 | BASE),
     "deit3": Teacher(META + "deit/deit_3_base_224_1k.pth", "Apache-2.0", inside="model", layout="deit3",
@@ -252,8 +253,8 @@ def encoder_state(name, file, path):
     except (KeyError, RuntimeError, TypeError, IndexError):
         widths = 0, 1
     if widths[0] != 4 * widths[1]:
-        raise Oops(f"{path} is no file of teacher {name}, or of a kind that is not supported: MLPs of other than 4 times "
-                   "the width (SwiGLU, So400m, 7B), heads of other than 64 channels")
+        raise Oops(f"{path} is no file of teacher {name}, or of a kind that is not supported: MLPs not 4 times as wide as "
+                   "the tokens (SwiGLU, So400m, 7B), heads of other than 64 channels")
     return state
 
 def from_deit3(state):
@@ -261,8 +262,8 @@ def from_deit3(state):
     state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))
 
 def from_dinov3(state):
-    """A mask multiplies the bias of q, k and v. The rotation pairs channel j of a head with j + 32, ours j with j + 16 of
-    either half: with the middle quarters of the rows of q and k swapped that is the same."""
+    """A mask multiplies the bias of q, k and v. The rotation pairs channel j of a head with j + 32, ours j with j + 16 in
+    each half: it is the same after swapping the middle quarters of the rows of q and k."""
     for key in [key for key in state if re.search(r"\.attn\.qkv\.(weight|bias)$", key)]:
         rows = state[key] * state.pop(f"{key}_mask", 1)
         q, k, v = rows.unflatten(0, (3, -1, 4, 16))
@@ -277,7 +278,7 @@ def from_siglip(state):
 
 LAYOUTS = {"deit3": from_deit3, "dinov3": from_dinov3, "siglip": from_siglip}
 
-# ---- Training of small things ----------------------------------------------------------------------------------------
+# ---- Probes, and the training of small things ------------------------------------------------------------------------
 
 def fit(parameters, loss, steps, lr, weight_decay=1e-2, betas=(0.9, 0.999), clip=0.0, what=None):
     """The training loop of all small things (probes, specialists, decoders): AdamW with a one-cycle learning rate.
@@ -300,23 +301,25 @@ def fit(parameters, loss, steps, lr, weight_decay=1e-2, betas=(0.9, 0.999), clip
         optimizer.step()
         schedule.step()
 
-# ---- Probes ----------------------------------------------------------------------------------------------------------
-# What linear layers read off features on the procedural scenes. On a frozen encoder this measures it (eval.py study);
-# with one that learns along it makes a tiny specialist. Each domain's probe has targets(scenes): labels on the token
-# grid, on the scenes' device; forward(features, targets): the predictions for them; loss and metrics (out, targets).
-
 def Probe(domain, dim, grid):
-    """The linear layers for one domain, for features with `dim` channels on a grid (rows, cols) of tokens."""
+    """Linear layers that read labels of one domain's procedural scenes off features: a LinearProbe. On a frozen encoder
+    this measures it (eval.py study); with one that learns along it makes a tiny specialist."""
     return {"objects": ObjectsProbe, "rooms": RoomsProbe, "people": PeopleProbe}[domain](dim, grid)
 
-class ObjectsProbe(nn.Module):
-    """The kind of the object (from the class token, or the mean patch), and each patch's kind or background."""
+class LinearProbe(nn.Module):
+    """For features {"cls": [B, dim] or None, "patch": [B, rows*cols, dim]} on a grid (rows, cols). A domain's probe has
+    targets(scenes): labels on the grid, on the scenes' device; forward(features, targets): the predictions for them;
+    loss(out, targets); metrics(out, targets): {name: number}."""
+    outputs = {}  # {head: its channels}
 
     def __init__(self, dim, grid):
         super().__init__()
         self.grid = grid
-        self.patch = nn.Linear(dim, len(KINDS) + 1)
-        self.kind = nn.Linear(dim, len(KINDS))
+        self.heads = nn.ModuleDict({name: nn.Linear(dim, channels) for name, channels in self.outputs.items()})
+
+class ObjectsProbe(LinearProbe):
+    """The kind of the object (from the class token, or the mean patch), and each patch's kind or background."""
+    outputs = {"patch": len(KINDS) + 1, "kind": len(KINDS)}
 
     def targets(self, scenes):
         cover = F.adaptive_avg_pool2d(scenes["mask"].float()[:, None], self.grid).flatten(1)
@@ -324,11 +327,10 @@ class ObjectsProbe(nn.Module):
 
     def forward(self, features, targets):
         whole = features["patch"].mean(1) if features["cls"] is None else features["cls"]
-        return {"kind": self.kind(whole), "patch": self.patch(features["patch"])}
+        return {"kind": self.heads["kind"](whole), "patch": self.heads["patch"](features["patch"])}
 
     def loss(self, out, targets):
-        patch = F.cross_entropy(out["patch"].transpose(1, 2), targets["patch"])
-        return F.cross_entropy(out["kind"], targets["kind"]) + patch
+        return F.cross_entropy(out["kind"], targets["kind"]) + F.cross_entropy(out["patch"].mT, targets["patch"])
 
     def metrics(self, out, targets):
         """Accuracy of the kind and mean IoU of the patches, over the kinds that there are, in %."""
@@ -340,20 +342,16 @@ class ObjectsProbe(nn.Module):
         overlap = (both / (truth + guess - both))[truth > 0].mean()
         return {"accuracy": 100 * right.item(), "mIoU": 100 * overlap.item()}
 
-class RoomsProbe(nn.Module):
+class RoomsProbe(LinearProbe):
     """Each patch's log depth and surface normal."""
-
-    def __init__(self, dim, grid):
-        super().__init__()
-        self.grid = grid
-        self.patch = nn.Linear(dim, 4)
+    outputs = {"patch": 4}
 
     def targets(self, scenes):
         maps = torch.cat([scenes["depth"].log()[:, None], scenes["normals"].permute(0, 3, 1, 2)], 1)
         return self.parts(F.adaptive_avg_pool2d(maps, self.grid).flatten(2).mT)
 
     def forward(self, features, targets):
-        return self.parts(self.patch(features["patch"]))
+        return self.parts(self.heads["patch"](features["patch"]))
 
     def parts(self, x):
         depth, normals = x.split([1, 3], -1)
@@ -371,13 +369,9 @@ class RoomsProbe(nn.Module):
         return {"depth RMSE": metres.square().mean().sqrt().item(), "delta1": 100 * close.float().mean().item(),
                 "normals": torch.rad2deg(angle).mean().item()}
 
-class PeopleProbe(nn.Module):
+class PeopleProbe(LinearProbe):
     """For each joint: which patches hold one, where in the image (fractions), where in 3D (metres from the pelvis)."""
-
-    def __init__(self, dim, grid):
-        super().__init__()
-        self.grid = grid
-        self.patch = nn.Linear(dim, 6 * len(JOINTS))
+    outputs = {"patch": 6 * len(JOINTS)}
 
     def targets(self, scenes):
         rows, cols = self.grid
@@ -399,14 +393,14 @@ class PeopleProbe(nn.Module):
                 "metres": metres[image, figure, joint], "at": torch.stack([image, row * cols + col, joint])}
 
     def forward(self, features, targets):
-        near, offset, xyz = self.patch(features["patch"]).unflatten(-1, (len(JOINTS), 6)).split([1, 2, 3], -1)
+        heads = self.heads["patch"](features["patch"]).unflatten(-1, (len(JOINTS), 6))
+        near, offset, xyz = heads.split([1, 2, 3], -1)
         return {"near": near[..., 0], "place": offset + targets["centres"][:, None], "xyz": xyz}
 
     def loss(self, out, targets):
         weight = targets["near"] * (targets["near"] > 0.3)
         apart = {k: ((out[k] - targets[k]).abs().mean(-1) * weight).sum() / weight.sum() for k in ("place", "xyz")}
-        rare = torch.tensor(3.0, device=weight.device)
-        spots = F.binary_cross_entropy_with_logits(out["near"], targets["near"], pos_weight=rare)
+        spots = F.binary_cross_entropy_with_logits(out["near"], targets["near"], pos_weight=weight.new_tensor(3.0))
         return 10 * spots + 10 * apart["place"] + 3 * apart["xyz"]
 
     def metrics(self, out, targets):
@@ -613,33 +607,25 @@ class TwoView(nn.Module):
         return tokens if self.norm is None else self.norm(tokens)
 
 class DecoderBlock(nn.Module):
-    """Block that looks at the other view y between attention and MLP."""
+    """Block that looks at the other view y between attention and MLP, each view turned by its own positions."""
 
     def __init__(self, dim, heads):
         super().__init__()
         self.norm1, self.norm2, self.norm3, self.norm_y = [nn.LayerNorm(dim, eps=1e-6) for _ in range(4)]
         self.attn = Attention(dim, heads)
-        self.cross_attn = CrossAttention(dim, heads)
+        self.cross_attn = nn.ModuleDict({key: nn.Linear(dim, dim) for key in ("projq", "projk", "projv", "proj")})
         self.mlp = Mlp(dim, 4 * dim)
 
     def forward(self, x, y, rope_x, rope_y):
         x = x + self.attn(self.norm1(x), rope_x)
-        x = x + self.cross_attn(self.norm2(x), self.norm_y(y), rope_x, rope_y)
+        x = x + self.look(self.norm2(x), self.norm_y(y), rope_x, rope_y)
         return x + self.mlp(self.norm3(x))
 
-class CrossAttention(nn.Module):
-    """Queries from one view, keys and values from the other, each turned by its own positions."""
-
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.heads = heads
-        self.projq, self.projk, self.projv, self.proj = [nn.Linear(dim, dim) for _ in range(4)]
-
-    def forward(self, x, y, rope_x, rope_y):
-        flat = self.projq(x), self.projk(y), self.projv(y)
-        q, k, v = [t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in flat]
+    def look(self, x, y, rope_x, rope_y):
+        flat = [self.cross_attn[f"proj{key}"](tokens) for key, tokens in (("q", x), ("k", y), ("v", y))]
+        q, k, v = [t.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2) for t in flat]
         x = dune.attend(dune.rotate(q, rope_x), dune.rotate(k, rope_y), v)
-        return self.proj(x.transpose(1, 2).flatten(2))
+        return self.cross_attn["proj"](x.transpose(1, 2).flatten(2))
 
 class TwoViewHead(nn.Module):
     """One view's outputs, per pixel, from [encoder tokens, output of each decoder block]; see TwoView."""
@@ -707,8 +693,6 @@ class ResidualConv(nn.Module):
 
     def forward(self, x):
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))
-
-# ---- The two-view model's files --------------------------------------------------------------------------------------
 
 TWO_VIEW = {"dune": "https://download.europe.naverlabs.com/dune/dunemast3r_cvpr25_vitbase.pth",
             "dune_small": "https://download.europe.naverlabs.com/dune/dunemast3r_cvpr25_vitsmall.pth",
@@ -787,11 +771,10 @@ def check_options(file, path):
 
 def two_view_layout(model):
     """The file of a TwoView on a DUNE encoder as the published ones are laid out, with the encoder in it."""
-    state = {}
-    for key, value in model.state_dict().items():
-        plain = key.startswith(("encoder.", "norm."))
-        state[re.sub(r"^encoder\.", "dune_backbone.", key) if plain else f"mast3r.{key}"] = value
-    return {"model": state}
+    def published(key):
+        key = re.sub(r"^encoder\.", "dune_backbone.", key)
+        return key if key.startswith(("dune_backbone.", "norm.")) else f"mast3r.{key}"
+    return {"model": {published(key): value for key, value in model.state_dict().items()}}
 
 # ---- The command -----------------------------------------------------------------------------------------------------
 

@@ -321,11 +321,10 @@ def test_labels_stay_on_their_device():
         out = [*teachers.pair_geometry(pairs), *teachers.patch_pairs(pairs, (4, 4))]
         for domain in data.SCENES:
             probe = teachers.Probe(domain, 8, (4, 4)).to_empty(device="cpu")
-            torch.nn.init.constant_(probe.patch.weight, 0.1)
-            probe.apply(lambda layer: hasattr(layer, "bias") and torch.nn.init.zeros_(layer.bias))
+            for head in probe.heads.values():
+                torch.nn.init.constant_(head.weight, 0.1)
+                torch.nn.init.zeros_(head.bias)
             targets = probe.targets(scenes[domain])
-            if domain == "objects":
-                torch.nn.init.ones_(probe.kind.weight)
             predicted = probe({"cls": None, "patch": torch.ones(2, 16, 8, device="cpu")}, targets)
             out += [*targets.values(), probe.loss(predicted, targets), *probe.metrics(predicted, targets).values()]
         return out
