@@ -223,11 +223,11 @@ def load_teacher(name, weights=None, device="cpu", dtype=torch.float32):
     else:
         path = weights or dune.fetch(row.url)
         state = encoder_state(name, dune.read_checkpoint(path), path)
-        pool_state = {key: state.pop(key) for key in list(state) if key.startswith("pool.")}
+        of_pool = {key: state.pop(key) for key in list(state) if row.pool == "attention" and key.startswith("pool.")}
         vit = dune.load_strictly(dune.vit_from_state(state, path, **row.vit), state, path)
         pool = row.pool
         if pool == "attention":
-            pool = dune.load_strictly(AttentionPool(vit.embed_dim), dune.below(pool_state, "pool."), path)
+            pool = dune.load_strictly(AttentionPool(vit.embed_dim), dune.below(of_pool, "pool."), path)
     return FrozenTeacher(name, vit, pool, dtype).to(device)
 
 def encoder_state(name, file, path):
@@ -253,8 +253,8 @@ def encoder_state(name, file, path):
     except (KeyError, RuntimeError, TypeError, IndexError):
         widths = 0, 1
     if widths[0] != 4 * widths[1]:
-        raise Oops(f"{path} is no file of teacher {name}, or of a kind that is not supported: MLPs not 4 times as wide as "
-                   "the tokens (SwiGLU, So400m, 7B), heads of other than 64 channels")
+        raise Oops(f"{path} is no file of teacher {name}, or of a kind that is not supported: MLPs not 4 times as wide "
+                   "as the tokens (SwiGLU, So400m, 7B), heads of other than 64 channels")
     return state
 
 def from_deit3(state):
@@ -262,8 +262,8 @@ def from_deit3(state):
     state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))
 
 def from_dinov3(state):
-    """A mask multiplies the bias of q, k and v. The rotation pairs channel j of a head with j + 32, ours j with j + 16 in
-    each half: it is the same after swapping the middle quarters of the rows of q and k."""
+    """A mask multiplies the bias of q, k and v. The rotation pairs channel j of a head with j + 32, ours j with j + 16
+    in each half: it is the same after swapping the middle quarters of the rows of q and k."""
     for key in [key for key in state if re.search(r"\.attn\.qkv\.(weight|bias)$", key)]:
         rows = state[key] * state.pop(f"{key}_mask", 1)
         q, k, v = rows.unflatten(0, (3, -1, 4, 16))
@@ -302,13 +302,12 @@ def fit(parameters, loss, steps, lr, weight_decay=1e-2, betas=(0.9, 0.999), clip
         schedule.step()
 
 def Probe(domain, dim, grid):
-    """Linear layers that read labels of one domain's procedural scenes off features: a LinearProbe. On a frozen encoder
-    this measures it (eval.py study); with one that learns along it makes a tiny specialist."""
+    """Linear layers that read one domain's labels off features: in an encoder's study, in a specialist's training."""
     return {"objects": ObjectsProbe, "rooms": RoomsProbe, "people": PeopleProbe}[domain](dim, grid)
 
 class LinearProbe(nn.Module):
     """For features {"cls": [B, dim] or None, "patch": [B, rows*cols, dim]} on a grid (rows, cols). A domain's probe has
-    targets(scenes): labels on the grid, on the scenes' device; forward(features, targets): the predictions for them;
+    targets(scenes): labels on the grid, where the scenes are; forward(features, targets): the predictions for them;
     loss(out, targets); metrics(out, targets): {name: number}."""
     outputs = {}  # {head: its channels}
 
@@ -385,11 +384,11 @@ class PeopleProbe(LinearProbe):
         gap = (joints[:, :, None] - middle[:, None]) * size
         near, figure = (torch.exp(-gap.square().sum(-1) / 2) * inside[:, :, None]).max(1)
         image, _, joint = torch.meshgrid(*[torch.arange(n, device=joints.device) for n in near.shape], indexing="ij")
-        place, xyz = joints[image, figure, joint], metres[image, figure, joint]
+        nearest = image, figure, joint
         image, figure, joint = inside.nonzero(as_tuple=True)
         truth = joints[image, figure, joint]
         col, row = (truth * size).long().unbind(-1)
-        return {"near": near, "place": place, "xyz": xyz, "centres": middle, "truth": truth,
+        return {"near": near, "place": joints[nearest], "xyz": metres[nearest], "centres": middle, "truth": truth,
                 "metres": metres[image, figure, joint], "at": torch.stack([image, row * cols + col, joint])}
 
     def forward(self, features, targets):
@@ -429,9 +428,9 @@ def room_pairs(start, count, size):
 def pair_geometry(pairs):
     """What a batch of pairs knows: (points, known, place, seen).
 
-    points [B, 2, S, S, 3]  both views' points in view 1's frame;  known [B, 2, S, S] bool  which of them are measured
-    place [B, S, S, 2]      where in view 2 (pixels) view 1's points are
-    seen [B, S, S] bool     which of these view 2 sees: before it, inside its image, not hidden
+    points [B, 2, S, S, 3]  both views' points in view 1's frame; known [B, 2, S, S] bool: which of them are measured
+    place [B, S, S, 2]      where in view 2 (pixels) view 1's points are; seen [B, S, S] bool: which of them it sees:
+                            before it, inside its image and not hidden
     """
     depth = pairs["depth"]
     size = depth.shape[-1]
@@ -487,8 +486,7 @@ def prepare_specialists(names):
             make_specialist(name, specialist_scenes(name, SPECIALISTS[name]["scenes"]), path)
 
 def specialist_path(name):
-    """Where a tiny specialist lies once it is made. Its name tells the recipe and how scenes look: after a change of
-    either it is made anew."""
+    """Where a tiny specialist lies. The name tells the recipe and how scenes look: after a change it is made anew."""
     key = hashlib.sha1(repr((SPECIALISTS[name], TEACHERS[name].vit, MATCHING, FINE)).encode())
     for label in specialist_scenes(name, 2).values():
         key.update(label.numpy().tobytes())
@@ -540,8 +538,8 @@ def make_specialist(name, scenes, path, batch=16, seed=0):
 def published_layout(name, state):
     """A specialist's state dict as the published file of that teacher would hold it."""
     if name == "mast3r":
-        state = {re.sub(r"^(blocks|norm)\.", r"enc_\1.", key): value for key, value in state.items()}
-        return {"args": argparse.Namespace(), "model": state}
+        model = {re.sub(r"^(blocks|norm)\.", r"enc_\1.", key): value for key, value in state.items()}
+        return {"args": argparse.Namespace(), "model": model}
     if name == "multihmr":
         return {"model_state_dict": {f"backbone.encoder.{key}": value for key, value in state.items()}}
     return state
@@ -647,10 +645,8 @@ class TwoViewHead(nn.Module):
                 "desc": F.normalize(local[..., :-1], dim=-1), "desc_conf": local[..., -1].exp()}
 
 class DPT(nn.Module):
-    """Dense prediction (Ranftl et al. 2021): four layers of tokens -> [B, 4, rows*patch, cols*patch].
-
-    dims: channels of the four layers' tokens; maps: their channels as maps at 4, 2, 1 and 1/2 times the token grid.
-    """
+    """Dense prediction (Ranftl et al. 2021): four layers of tokens, of `dims` channels, -> [B, 4, rows*patch, cols*patch].
+    maps: their channels as maps at 4, 2, 1 and 1/2 times the token grid."""
 
     def __init__(self, dims, patch, maps=(96, 192, 384, 768), features=256, last=128):
         super().__init__()
@@ -694,8 +690,8 @@ class ResidualConv(nn.Module):
     def forward(self, x):
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))
 
-TWO_VIEW = {"dune": "https://download.europe.naverlabs.com/dune/dunemast3r_cvpr25_vitbase.pth",
-            "dune_small": "https://download.europe.naverlabs.com/dune/dunemast3r_cvpr25_vitsmall.pth",
+TWO_VIEW = {"dune": dune.PUBLISHED.format("dunemast3r_cvpr25_vitbase"),
+            "dune_small": dune.PUBLISHED.format("dunemast3r_cvpr25_vitsmall"),
             "mast3r": TEACHERS["mast3r"].url}
 
 def load_two_view(weights=None, device="cpu", encoder=None):
@@ -763,7 +759,7 @@ def check_options(file, path):
     """Oops if a DUNE-MASt3R file's constructor call, which is compared and never run, is not for what TwoView is."""
     text = dune.entry(file, "mast3r_model_str", str, path, "AsymmetricMASt3R()")
     call = re.fullmatch(r"\w+\((.*)\)", re.sub(r"\s", "", text).replace('"', "'"))
-    if not call:
+    if not call or len(text) > 9999:
         raise Oops(f"{path}: cannot read its mast3r_model_str, {text[:80]!r}")
     for key, value in re.findall(r"(\w+)=(\([^()]*\)|[^,]*)", call[1]):
         if value != TWO_VIEW_OPTIONS.get(key, value):
@@ -781,18 +777,16 @@ def two_view_layout(model):
 def main():
     """python teachers.py: the table."""
     dune.Parser(description="The teachers, their licences, and where their files are looked for.").parse_args()
-    line = "{:23} {:8} {:>4} {:>5}  {:9} {:8}  {:20}  {}".format
-    print(line("teacher", "knows", "M", "patch", "class", "images", "licence", "file"))
+    line = "{:23} {:8} {:>4} {:>5}  {:9} {:8}  {:20} {} {}".format
+    print(line("teacher", "knows", "M", "patch", "class", "images", "licence", "", "file (+: is here)"))
     for name, row in TEACHERS.items():
         teacher = load_teacher(name, "random", device="meta")
         millions = round(sum(p.numel() for p in teacher.parameters()) / 1e6)
         cls = "distilled" if teacher.has_cls else "unused" if teacher.gives_cls else "none"
         images = "ImageNet" if row.mean == IMAGENET_MEAN else "0.5"
-        place = f"ask: {row.url}"
-        if not row.gated:
-            path = dune.cached(row.url)
-            place = f"{'here' if os.path.exists(path) else 'missing'}: {path}"
-        print(line(name, row.domain, millions, teacher.patch_size, cls, images, row.license, place))
+        path = f"ask at {row.url}" if row.gated else dune.cached(row.url)
+        here = "+" if os.path.exists(path) else "-"
+        print(line(name, row.domain, millions, teacher.patch_size, cls, images, row.license, here, path))
 
 if __name__ == "__main__":
     dune.run(main)

@@ -169,10 +169,10 @@ def test_the_table(capsys, monkeypatch, tmp_path):
     teachers.main()
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert set(teachers.TEACHERS) < set(lines)
-    for word in ("objects", "304", "14", "distilled", "ImageNet", "Apache-2.0", str(tmp_path), "missing"):
+    for word in ("objects", "304", "14", "distilled", "ImageNet", "Apache-2.0", f"- {tmp_path}"):
         assert word in lines["dinov2"]
-    assert "here" in lines["siglip2_vitb16"] and " 93 " in lines["siglip2_vitb16"]
-    assert "ask" in lines["dinov3_vits16"] and "unused" in lines["multihmr"]
+    assert f"+ {tmp_path}" in lines["siglip2_vitb16"] and " 93 " in lines["siglip2_vitb16"]
+    assert "ask at https://ai.meta.com" in lines["dinov3_vits16"] and "unused" in lines["multihmr"]
 
 def test_the_readmes_own_teacher(tmp_path, monkeypatch):
     """The README's snippet as it stands: a new row, whose file then loads."""
