@@ -19,12 +19,14 @@ TEACHERS = {"dinov2": (96, True), "mast3r": (80, False)}
 def small(projector="tp", norm="dune", **options):
     torch.manual_seed(0)
     encoder = dune.ViT(56, 14, 64, 3, 1, registers=2, layer_scale=None, **options)
-    return dune.DUNE(encoder, TEACHERS, projector, norm, **({"hidden": 32, "last_hidden": 48} if projector == "lp" else {}))
+    sizes = {"hidden": 32, "last_hidden": 48} if projector == "lp" else {}
+    return dune.DUNE(encoder, TEACHERS, projector, norm, **sizes)
 
 
 def test_published_dune_checkpoint(golden, close, tmp_path):
     file = golden("dune_encoder")
-    torch.save({**file["checkpoint"], "model": {**file["checkpoint"]["model"], **golden("dune_projectors")}}, tmp_path / "dune.pth")
+    state = {**file["checkpoint"]["model"], **golden("dune_projectors")}
+    torch.save({**file["checkpoint"], "model": state}, tmp_path / "dune.pth")
     model = dune.load(tmp_path / "dune.pth")
     assert list(model.projectors) == ["dinov2", "mast3r"] and not model.training
     for case in file["cases"]:
@@ -65,7 +67,8 @@ def test_published_unic_checkpoint(golden, close, tmp_path):
             close(out[dune.ALIASES[teacher]][kind], want[kind])
     stats = student["checkpoint"]["teacher_ft_stats"]["dino_vitbase_16"]["cls"]
     raw = torch.randn(2, 72)
-    close(model.teacher_norms["dino"]({"cls": raw, "patch": None})["cls"], (raw - stats["mean"]) / (stats["std"] + 1e-6))
+    out = model.teacher_norms["dino"]({"cls": raw, "patch": None})["cls"]
+    close(out, (raw - stats["mean"]) / (stats["std"] + 1e-6))
 
 
 def standardise(norm, features, momentum):
@@ -150,8 +153,10 @@ def test_teacher_dropping():
 
 def test_schedules(golden, close):
     file = golden("schedules")
-    close(torch.tensor([train.lr_at(i, 1000, 3e-4 * 1024 / 256, 1e-6, 0.2) for i in range(1000)], dtype=torch.float64), file["lr"])
-    close(torch.tensor([train.momentum_at(i, 1000) for i in range(1000)], dtype=torch.float64), file["ema_momentum"])
+    rates = [train.lr_at(i, 1000, 3e-4 * 1024 / 256, 1e-6, 0.2) for i in range(1000)]
+    close(torch.tensor(rates, dtype=torch.float64), file["lr"])
+    momenta = [train.momentum_at(i, 1000) for i in range(1000)]
+    close(torch.tensor(momenta, dtype=torch.float64), file["ema_momentum"])
 
 
 @pytest.mark.parametrize("projector", dune.PROJECTORS)
@@ -172,14 +177,15 @@ def test_own_checkpoint_round_trip(projector, close, tmp_path):
 def test_every_parameter_learns_and_rows_pick_images(projector, close):
     """DDP waits for the gradient of every parameter: none may be left out."""
     model = small(projector, drop_path=0.3).train()
-    out = model(torch.randn(4, 3, 56, 56), rows={"dinov2": None, "mast3r": torch.tensor([2])})
+    out = model(torch.randn(4, 3, 56, 56), rows={"dinov2": slice(None), "mast3r": torch.tensor([2])})
     assert out["mast3r"]["patch"].shape == (1, 16, 80)
     sum((x**2).sum() for parts in out.values() for x in parts.values() if x is not None).backward()
     missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing
     model.eval()
     image = torch.randn(4, 3, 56, 56)
-    close(model(image, rows={"dinov2": None, "mast3r": torch.tensor([2])})["mast3r"]["patch"], model(image)["mast3r"]["patch"][2:3])
+    picked = model(image, rows={"dinov2": slice(None), "mast3r": torch.tensor([2])})
+    close(picked["mast3r"]["patch"], model(image)["mast3r"]["patch"][2:3])
 
 
 def test_recomputing_blocks_changes_nothing(close):
@@ -231,9 +237,15 @@ def test_foreign_files_are_refused_in_one_line(content, message, tmp_path):
 
 def test_a_changed_tensor_is_named(tmp_path):
     state = small().state_dict()
-    for change, message in ((lambda s: s.pop("encoder.norm.weight"), "lacks tensor norm.weight"),
-                            (lambda s: s.update({"encoder.extra": torch.zeros(1)}), "unknown tensor extra"),
-                            (lambda s: s.update({"encoder.norm.weight": torch.zeros(1)}), r"wrong shape for tensor norm.weight \(\[1\], expected \[64\]\)")):
+    changes = {"lacks tensor encoder.norm.weight": lambda s: s.pop("encoder.norm.weight"),
+               "unknown tensor encoder.extra": lambda s: s.update({"encoder.extra": torch.zeros(1)}),
+               r"wrong shape for tensor encoder.norm.weight \(\[1\], expected \[64\]\)":
+                   lambda s: s.update({"encoder.norm.weight": torch.zeros(1)}),
+               "no numbers in tensor encoder.norm.weight":
+                   lambda s: s.update({"encoder.norm.weight": torch.ones(64, dtype=torch.int64)}),
+               "NaN, infinity or senseless numbers in tensor encoder.norm.weight":
+                   lambda s: s.update({"encoder.norm.weight": torch.full((64,), torch.nan)})}
+    for message, change in changes.items():
         other = dict(state)
         change(other)
         torch.save({"model": other, "args": argparse.Namespace(arch="tiny")}, tmp_path / "file.pth")
@@ -248,13 +260,15 @@ import dune
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 torch.manual_seed(0)
-whole = {"a": {"cls": torch.randn(8, 5) * 3 + 7, "patch": torch.randn(8, 6, 5)}, "b": {"cls": None, "patch": torch.randn(8, 6, 4)}}
+whole = {"a": {"cls": torch.randn(8, 5) * 3 + 7, "patch": torch.randn(8, 6, 5)},
+         "b": {"cls": None, "patch": torch.randn(8, 6, 4)}}
 one = {"a": dune.TeacherNorm(5, True), "b": dune.TeacherNorm(4, False)}
 many = {"a": dune.TeacherNorm(5, True), "b": dune.TeacherNorm(4, False)}
 sent, gather = [], dist.all_gather_into_tensor
 dist.all_gather_into_tensor = lambda out, x, **k: (sent.append(x.numel()), gather(out, x, **k))
 cuts = {2: [0, 3, 8], 4: [0, 3, 3, 4, 8]}[world]           # uneven, one process with nothing
-mine = {t: {k: x if x is None else x[cuts[rank]:cuts[rank + 1]] for k, x in parts.items()} for t, parts in whole.items()}
+share = slice(cuts[rank], cuts[rank + 1])
+mine = {t: {k: x if x is None else x[share] for k, x in parts.items()} for t, parts in whole.items()}
 got = dune.update_norms(many, mine, 0.3)
 assert sent == [3 * (2 * 0 + 1) + 2 * (5 + 5 + 4)], sent      # one message: 2 D + 1 numbers per teacher and token type
 started, dist.is_initialized = dist.is_initialized, lambda: False
@@ -276,8 +290,9 @@ def test_statistics_of_several_processes_are_those_of_the_whole_batch(world, tmp
     script = tmp_path / "merge.py"
     script.write_text(MERGE)
     root = os.path.dirname(os.path.abspath(dune.__file__))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}", "--master_port=0", "--rdzv_backend=c10d",
-                           "--rdzv_endpoint=localhost:0", str(script), root], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}", "--master_port=0",
+               "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(script), root]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

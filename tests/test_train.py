@@ -1,5 +1,6 @@
-"""The loop: it learns, it resumes to the last bit, several processes are one, nothing in a step waits, and mistakes are told in a line."""
+"""The loop: it learns, resumes to the last bit, several processes are one, no step waits, mistakes are one line."""
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -10,8 +11,10 @@ import time
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dune
+import teachers as zoo
 import train
 
 ROOT = os.path.dirname(os.path.abspath(dune.__file__))
@@ -22,12 +25,14 @@ def weights(tmp_path_factory):
     """Three small teachers in the published layouts, as --weights arguments."""
     folder, args = tmp_path_factory.mktemp("weights"), []
     for name, fixture in (("dinov2", "dinov2_reg"), ("mast3r", "mast3r"), ("multihmr", "multihmr")):
-        torch.save(dune.read_checkpoint(os.path.join(ROOT, "tests", "golden", f"{fixture}.pt"))["checkpoint"], folder / f"{name}.pth")
+        file = dune.read_checkpoint(os.path.join(ROOT, "tests", "golden", f"{fixture}.pt"))
+        torch.save(file["checkpoint"], folder / f"{name}.pth")
         args += ["--weights", f"{name}={folder / name}.pth"]
     return args
 
 
-SMALL = "--arch tiny --image-size 56 --batch 12 --lr 1e-2 --layer-scale 0 --log-every 1 --workers 0 --device cpu --dtype fp32 --compile no".split()
+SMALL = ("--arch tiny --image-size 56 --batch 12 --lr 1e-2 --layer-scale 0 --log-every 1 --workers 0 "
+         "--device cpu --dtype fp32 --compile no").split()
 
 
 def log_of(folder):
@@ -40,13 +45,15 @@ def losses(folder):
 
 
 def torchrun(processes, *args, restarts=0, script="train.py"):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--max-restarts={restarts}", "--rdzv_backend=c10d",
-               "--rdzv_endpoint=localhost:0", script, *map(str, args)]
+    options = [f"--nproc_per_node={processes}", f"--max-restarts={restarts}", "--rdzv_backend=c10d",
+               "--rdzv_endpoint=localhost:0"]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, script, *map(str, args)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def workers_of(run):
-    return [int(pid) for pid in subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()]
+    found = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
 
 
 def wait_for(run, ready):
@@ -56,7 +63,8 @@ def wait_for(run, ready):
 
 
 def test_a_run_learns_and_leaves_what_it_says(weights, tmp_path, capsys):
-    train.main([*SMALL, *weights, "--steps", "40", "--out", str(tmp_path), "--warmup", "0.1", "--log-every", "5", "--keep", "2", "--save-every", "15"])
+    options = "--steps 40 --warmup 0.1 --log-every 5 --keep 2 --save-every 15".split()
+    train.main([*SMALL, *weights, *options, "--out", str(tmp_path)])
     text = capsys.readouterr().out
     assert "procedural scenes" in text
     for name in ("checkpoint.pt", "log.jsonl", "pca.png"):
@@ -101,7 +109,8 @@ def test_several_processes_and_parts_are_one(options, weights, tmp_path):
     for n, run in runs.items():
         text, _ = run.communicate(timeout=300)
         assert run.returncode == 0, text[-3000:]
-        torch.testing.assert_close(torch.tensor(losses(tmp_path / str(n))), torch.tensor(losses(tmp_path / "1")), rtol=1e-4, atol=0)
+        several, one = (torch.tensor(losses(tmp_path / name)) for name in (str(n), "1"))
+        torch.testing.assert_close(several, one, rtol=1e-4, atol=0)
 
 
 def test_gradients_sent_in_bf16_leave_the_losses_alone(weights, tmp_path):
@@ -169,7 +178,8 @@ import sys
 import torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
 import train
-sent, inner = 0, {name: getattr(dist, name) for name in ("all_reduce", "all_gather_into_tensor", "broadcast", "all_gather", "reduce_scatter_tensor")}
+names = "all_reduce", "all_gather_into_tensor", "broadcast", "all_gather", "reduce_scatter_tensor"
+sent, inner = 0, {name: getattr(dist, name) for name in names}
 def counting(name):
     def collective(*args, **options):
         global sent
@@ -187,33 +197,49 @@ if train.os.environ["RANK"] == "0":
 def test_a_step_sends_the_statistics_and_two_numbers_besides_the_gradients(weights, tmp_path):
     (tmp_path / "count.py").write_text(COUNT)
     for steps in (2, 6):
-        run = torchrun(2, ROOT, tmp_path / f"sent-{steps}", *SMALL, *weights, "--log-every", 100, "--steps", steps, "--out", tmp_path / str(steps), script=tmp_path / "count.py")
+        options = "--log-every", 100, "--steps", steps, "--out", tmp_path / str(steps)
+        run = torchrun(2, ROOT, tmp_path / f"sent-{steps}", *SMALL, *weights, *options, script=tmp_path / "count.py")
         assert not run.wait(120), run.communicate()[0][-3000:]
     model = dune.load(tmp_path / "6" / "checkpoint.pt")
-    statistics = sum(2 * len(stats.mean) + 1 for norm in model.teacher_norms.values() for stats in norm.normalizers.values())
+    statistics = sum(2 * len(part.mean) + 1 for part in model.modules() if isinstance(part, dune.Stats))
     sent = [int((tmp_path / f"sent-{steps}").read_text()) for steps in (2, 6)]
     assert (sent[1] - sent[0]) / 4 == statistics + 2  # how many losses count, and whether somebody was told to stop
 
 
+class Waits(TorchDispatchMode):
+    """Counts what would make the host wait for a device: reading a value, and what needs values to know its shape."""
+    operators = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ in self.operators
+        return function(*args, **(kwargs or {}))
+
+
 def test_no_step_waits_for_the_device_but_the_log_step(weights, tmp_path):
-    """Six more steps read no value, ask for no shape that depends on values, copy nothing to the host."""
+    """Six more steps read no value and ask for no shape that depends on values."""
     counts = {}
     for steps in (3, 9):
-        with train.Waits() as waits:
-            train.main([*SMALL, *weights, "--workers", "1", "--steps", str(steps), "--out", str(tmp_path / str(steps)), "--log-every", "1000"])
+        options = "--workers", "1", "--log-every", "1000", "--steps", str(steps), "--out", str(tmp_path / str(steps))
+        with Waits() as waits:
+            train.main([*SMALL, *weights, *options])
         counts[steps] = waits.count
     assert counts[9] == counts[3] > 0
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_ten_stop_the_run(weights, tmp_path, monkeypatch):
-    original, poisoned = train.teach, {2}
+    original, poisoned = train.dune.update_norms, {2}
 
-    def poison(teacher, images, rows, grid):
-        out = original(teacher, images, rows, grid)
-        poison.calls += teacher.name == "dinov2"
-        return {k: x * float("nan") if k == "cls" and teacher.name == "dinov2" and poison.calls in poisoned else x for k, x in out.items()}
+    def poison(norms, features, momentum):  # after the teachers, before anything is made of what they say
+        poison.calls += 1
+        if poison.calls in poisoned:
+            features["dinov2"]["cls"] *= math.nan
+        return original(norms, features, momentum)
     poison.calls = 0
-    monkeypatch.setattr(train, "teach", poison)
+    monkeypatch.setattr(train.dune, "update_norms", poison)
     train.main([*SMALL, *weights, "--steps", "4", "--out", str(tmp_path / "a")])
     assert [line["skipped"] for line in log_of(tmp_path / "a")] == [0, 1, 1, 1]
     assert all(x.isfinite().all() for x in dune.read_checkpoint(tmp_path / "a" / "checkpoint.pt")["model"].values())
@@ -260,8 +286,8 @@ def test_killed_while_saving_there_is_always_one_that_loads(tmp_path):
 @pytest.mark.parametrize("args, message", [
     ("--teachers dinov2,dinov9", "unknown or repeated teacher"),
     ("--image-size 100", "no multiple of the patch size"),
-    ("--arch huge", "--arch huge: choose one of tiny"),
-    ("--drop 1.5", "--drop 1.5 is not between 0 and 1"),
+    ("--arch huge", "--arch: 'huge': choose one of tiny"),
+    ("--drop 1.5", "--drop: 1.5 is not between 0 and 1"),
     ("--nonsense", "unrecognized arguments"),
     ("--steps many", "invalid int value"),
     ("--teachers dinov2 --data dinov2=/nowhere", "/nowhere"),
@@ -272,7 +298,7 @@ def test_killed_while_saving_there_is_always_one_that_loads(tmp_path):
     ("--preset stage2", "--init"),
     ("--preset tiny --teachers dino", "no specialist for dino"),
     ("--init /nowhere.pt --preset tiny --random-teachers --steps 1", "no such file: /nowhere.pt"),
-    ("--out /proc/nowhere", "cannot write in --out"),
+    ("--out /proc/nowhere", "cannot write /proc/nowhere"),
     ("--accumulate 1000", "--accumulate 1000"),
     ("--plot /nowhere", "log.jsonl"),
 ])
@@ -292,7 +318,8 @@ def test_a_mistake_ends_a_script_with_code_2_and_no_traceback():
 
 
 def test_a_mistake_of_several_processes_is_told_once_and_ends_them_all(weights, tmp_path):
-    for wrong, message in ((["--batch", 13], "--batch 13 does not divide"), (["--weights", "dinov2=/nowhere.pth"], "no such file: /nowhere.pth")):
+    for wrong, message in ((["--batch", 13], "--batch 13 does not divide"),
+                           (["--weights", "dinov2=/nowhere.pth"], "no such file: /nowhere.pth")):
         run = torchrun(2, *SMALL, *weights, "--out", tmp_path, *wrong)
         text, _ = run.communicate(timeout=60)
         assert run.returncode and text.count("error: ") == text.count(message) == 1, text[-3000:]
@@ -308,7 +335,8 @@ def test_a_run_with_other_settings_is_not_continued(weights, tmp_path):
 
 def test_stage_two_starts_from_stage_one_at_another_size(weights, tmp_path):
     train.main([*SMALL, *weights, "--steps", "2", "--out", str(tmp_path / "1")])
-    train.main([*SMALL, *weights, "--steps", "2", "--out", str(tmp_path / "2"), "--image-size", "84", "--init", str(tmp_path / "1" / "checkpoint.pt"), "--lr", "1e-9"])
+    options = "--steps", "2", "--lr", "1e-9", "--image-size", "84", "--init", str(tmp_path / "1" / "checkpoint.pt")
+    train.main([*SMALL, *weights, *options, "--out", str(tmp_path / "2")])
     one, two = (dune.load(tmp_path / n / "checkpoint.pt") for n in "12")
     assert two.encoder.grid == 6 and one.encoder.grid == 4
     image = torch.randn(1, 3, 84, 84)
@@ -319,7 +347,8 @@ def test_unics_preset_and_mixed_teachers(weights, tmp_path):
     """UNIC's four teachers and ladder, and any teacher beside any other, whatever their patch sizes."""
     args, golden = [], os.path.join(ROOT, "tests", "golden")
     for name in ("dino", "deit3", "dbotft", "ibot"):
-        content = dune.read_checkpoint(os.path.join(golden, f"unic_{'dino' if name == 'ibot' else name}.pt"))["checkpoint"]
+        path = os.path.join(golden, f"unic_{'dino' if name == 'ibot' else name}.pt")
+        content = dune.read_checkpoint(path)["checkpoint"]
         torch.save({"state_dict": content} if name == "ibot" else content, tmp_path / f"{name}.pth")
         args += ["--weights", f"{name}={tmp_path / name}.pth"]
     small = "--arch tiny --image-size 64 --batch 8 --workers 0 --device cpu --steps 3 --log-every 1 --lr 1e-2".split()
@@ -327,19 +356,25 @@ def test_unics_preset_and_mixed_teachers(weights, tmp_path):
     model = dune.load(tmp_path / "unic" / "checkpoint.pt")
     assert list(model.projectors) == ["dino", "deit3", "ibot", "dbotft"] and model.teacher_norms["dino"].style == "unic"
     assert isinstance(model.projectors["dino"], dune.LadderProjector) and model.encoder.register_tokens is None
-    mixed = [*weights[:4], "--weights", f"deit3={tmp_path}/deit3.pth", "--teachers", "dinov2,deit3,mast3r", "--image-size", "56"]
+    mixed = [*weights[:4], "--weights", f"deit3={tmp_path}/deit3.pth", "--teachers", "dinov2,deit3,mast3r"]
     train.main([*SMALL, *mixed, "--steps", "2", "--out", str(tmp_path / "mixed")])
-    assert all(torch.isfinite(torch.tensor(log_of(tmp_path / "mixed")[-1][t]["loss"])) for t in ("dinov2", "deit3", "mast3r"))
+    last = log_of(tmp_path / "mixed")[-1]
+    assert all(math.isfinite(last[t]["loss"]) for t in ("dinov2", "deit3", "mast3r"))
 
 
-def test_the_readmes_eighth_teacher(golden, tmp_path, monkeypatch):
-    """The README's "add a teacher", as it stands there, on a file of that layout."""
-    import teachers
-    with open(os.path.join(ROOT, "README.md")) as file:
-        section = file.read().split("## Add a teacher")[1].split("```python\n")[1].split("```")[0]
-    monkeypatch.setattr(teachers, "TEACHERS", dict(teachers.TEACHERS))
-    exec(section.replace("from teachers import TEACHERS, Teacher", "from teachers import Teacher\nimport teachers\nTEACHERS = teachers.TEACHERS"))
-    state = {f"trunk.{k}": v for k, v in golden("unic_dino")["checkpoint"].items()}
-    torch.save({"weights": {**state, "head.weight": torch.zeros(2)}}, tmp_path / "mine.pth")
-    train.main([*SMALL, "--teachers", "mine", "--weights", f"mine={tmp_path}/mine.pth", "--steps", "2", "--out", str(tmp_path / "run")])
-    assert list(dune.load(tmp_path / "run" / "checkpoint.pt").projectors) == ["mine"]
+@pytest.mark.parametrize("registers", [0, 2])
+def test_a_student_starts_as_a_published_encoder(registers, weights, tmp_path, monkeypatch):
+    """At another image size, and with registers of its own if the encoder has none."""
+    published = zoo.load_teacher("multihmr", weights[-1].split("=")[1]).vit
+    shape = dict(embed_dim=published.embed_dim, depth=len(published.blocks), num_heads=published.embed_dim // 64)
+    monkeypatch.setitem(dune.SIZES, "published", shape)
+    options = ["--arch", "published", "--layer-scale", "1", "--registers", str(registers), "--lr", "1e-12"]
+    train.main([*SMALL, *weights, *options, "--init", "multihmr", "--steps", "1", "--out", str(tmp_path)])
+    student = dune.load(tmp_path / "checkpoint.pt").encoder
+    assert student.grid == 4 != published.grid and student.registers == registers
+    image = torch.randn(1, 3, 56, 56)
+    published.position = "size"  # the student's positions were resized so
+    gap = (student(image)["patch"] - published(image)["patch"]).norm() / published(image)["patch"].norm()
+    assert (gap < 1e-4) == (registers == 0) and gap < 0.5
+    with pytest.raises(dune.Oops, match="wrong shape for tensor|lacks tensor|unknown tensor"):
+        train.main([*SMALL, *weights, "--init", "mast3r", "--steps", "1", "--out", str(tmp_path / "other")])

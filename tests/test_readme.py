@@ -1,0 +1,84 @@
+"""What the README says can be changed in one place, as it stands there: each trains, is saved, loads, is evaluated."""
+import json
+import os
+import re
+
+import pytest
+import torch
+
+import data
+import dune
+import eval as evaluation
+import teachers
+import train
+
+ROOT = os.path.dirname(os.path.abspath(dune.__file__))
+SMALL = ("--image-size 56 --batch 6 --lr 1e-2 --layer-scale 0 --log-every 1 --workers 0 --steps 3 --device cpu "
+         "--dtype fp32 --compile no").split()
+TABLES = dune.PROJECTORS, dune.WEIGHTS, dune.SIZES, teachers.TEACHERS, data.SOURCES
+
+
+@pytest.fixture
+def change(monkeypatch):
+    """change("projector") runs that part of the README's section; afterwards all is as it was."""
+    with open(os.path.join(ROOT, "README.md")) as file:
+        section = file.read().split("## Change one thing")[1].split("\n## ")[0]
+    snippets = dict(re.findall(r"\nA (\w+)[^\n]*\n\n```python\n(.*?)```", section, re.S))
+    assert len(snippets) == 5
+    before = [dict(table) for table in TABLES]
+    monkeypatch.setattr(dune, "token_losses", dune.token_losses)
+    yield lambda what: exec(snippets[what], {})
+    for table, rows in zip(TABLES, before):
+        table.clear()
+        table.update(rows)
+
+
+@pytest.fixture
+def train_and_load(golden, tmp_path):
+    def go(*options, teacher="dinov2", content=golden("dinov2_reg")["checkpoint"]):
+        torch.save(content, tmp_path / "teacher.pth")
+        teacher_options = ["--teachers", teacher, "--weights", f"{teacher}={tmp_path}/teacher.pth"]
+        train.main([*SMALL, *teacher_options, "--out", str(tmp_path / "run"), *options])
+        evaluation.main(["loss", "--run", str(tmp_path / "run"), "--device", "cpu"])
+        with open(tmp_path / "run" / "log.jsonl") as file:
+            return dune.load(tmp_path / "run" / "checkpoint.pt"), [json.loads(line) for line in file]
+    return go
+
+
+def test_a_projector(change, train_and_load):
+    change("projector")
+    model, _ = train_and_load("--arch", "tiny", "--projector", "linear")
+    assert type(model.projectors["dinov2"]).__name__ == "LinearProjector"
+
+
+def test_a_term_of_the_loss(change, train_and_load):
+    """What is logged is what was minimised: the loss holds the new term with its weight."""
+    change("term")
+    _, log = train_and_load("--arch", "tiny")
+    for line in log:
+        parts = line["dinov2"]
+        kinds = [0.5 * parts[f"{k}_cos"] + 0.5 * parts[f"{k}_sl1"] + 0.1 * parts[f"{k}_l2"] for k in ("cls", "patch")]
+        assert line["loss"] == pytest.approx(sum(kinds) / 2, rel=1e-5) == parts["loss"]
+
+
+def test_a_teacher(change, train_and_load, golden):
+    change("teacher")
+    state = {f"trunk.{key}": value for key, value in golden("unic_dino")["checkpoint"].items()}
+    content = {"weights": {**state, "head.weight": torch.zeros(2)}}
+    model, _ = train_and_load("--arch", "tiny", teacher="mine", content=content)
+    assert list(model.projectors) == ["mine"]
+    groups = data.parse_data([], {name: teachers.TEACHERS[name] for name in ("dinov2", "mine")})
+    assert [(g.sources[0].spec, g.generic) for g in groups] == [("scenes:objects", True), ("scenes:rooms", False)]
+
+
+def test_a_source_of_images(change, train_and_load, capsys):
+    change("source")
+    train_and_load("--arch", "tiny", "--data", "noise:1000")
+    data.main(["--data", "noise:1000", "--teachers", "dinov2", "--image-size", "56", "--out", os.devnull + ".png"][:6])
+    assert "1,000 images" in capsys.readouterr().out
+
+
+def test_a_student_of_another_size(change, train_and_load):
+    change("student")
+    model, _ = train_and_load("--arch", "nano")
+    assert model.encoder.embed_dim == 64 and len(model.encoder.blocks) == 2
