@@ -645,8 +645,8 @@ class TwoViewHead(nn.Module):
                 "desc": F.normalize(local[..., :-1], dim=-1), "desc_conf": local[..., -1].exp()}
 
 class DPT(nn.Module):
-    """Dense prediction (Ranftl et al. 2021): four layers of tokens, of `dims` channels, -> [B, 4, rows*patch, cols*patch].
-    maps: their channels as maps at 4, 2, 1 and 1/2 times the token grid."""
+    """Dense prediction (Ranftl et al. 2021): four layers of tokens -> [B, 4, rows*patch, cols*patch].
+    dims, maps: the layers' channels as tokens, and as maps at 4, 2, 1 and 1/2 times the token grid."""
 
     def __init__(self, dims, patch, maps=(96, 192, 384, 768), features=256, last=128):
         super().__init__()

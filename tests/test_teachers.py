@@ -1,10 +1,8 @@
 """The loader reads the published layouts, and what it loads computes what the published code computes."""
 import dataclasses
-import json
 import math
 import os
 import re
-import struct
 
 import pytest
 import torch
@@ -174,19 +172,6 @@ def test_the_table(capsys, monkeypatch, tmp_path):
     assert f"+ {tmp_path}" in lines["siglip2_vitb16"] and " 93 " in lines["siglip2_vitb16"]
     assert "ask at https://ai.meta.com" in lines["dinov3_vits16"] and "unused" in lines["multihmr"]
 
-def test_the_readmes_own_teacher(tmp_path, monkeypatch):
-    """The README's snippet as it stands: a new row, whose file then loads."""
-    monkeypatch.setattr(teachers, "TEACHERS", dict(teachers.TEACHERS))
-    readme = open(os.path.join(os.path.dirname(teachers.__file__), "README.md")).read()
-    exec(next(code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "Teacher(" in code), {})
-    (name,) = [name for name, row in teachers.TEACHERS.items() if "example.org" in row.url]
-    row = teachers.TEACHERS[name]
-    vit = dune.ViT(28, 14, 64, 1, 1, 0)
-    state = {row.prefix.replace("\\", "") + key: value for key, value in vit.state_dict().items()}
-    teacher = teachers.load_teacher(name, save({row.inside: {**state, "head.weight": torch.zeros(1)}}, tmp_path))
-    image = torch.randn(1, 3, 28, 42)
-    assert teacher(image)["patch"].equal(vit(image)["patch"]) and row.domain in data.SCENES
-
 # ---- The interface ---------------------------------------------------------------------------------------------------
 
 def test_any_patch_size_gives_the_asked_grid(golden, tmp_path):
@@ -259,7 +244,7 @@ def grow(file, key, *shape):
     ("dinov2", lambda f: f.pop("norm.bias"), "lacks tensor norm.bias"),
     ("dinov2", lambda f: f.update({"head.weight": torch.zeros(2)}), "unknown tensor head.weight"),
     ("dinov2", lambda f: f.update({"norm.bias": torch.zeros(2)}), "wrong shape for tensor norm.bias"),
-    ("dinov2", lambda f: f.update({"norm.bias": torch.full((64,), math.nan)}), "NaN or infinity in tensor norm.bias"),
+    ("dinov2", lambda f: f.update({"norm.bias": torch.full((64,), math.nan)}), "NaN, infinity .* in tensor norm.bias"),
     ("dinov2", lambda f: f.update({"norm.bias": [0.0] * 64, 7: torch.zeros(1)}), "lacks tensor norm.bias"),
     ("dinov2", lambda f: f.update({"pos_embed": torch.zeros(7)}), "holds no ViT"),
     ("dinov2", lambda f: f.update({"blocks.99999999.norm1.bias": torch.zeros(64)}), "lacks tensor blocks.2"),
