@@ -151,10 +151,9 @@ class FrozenTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images, grid=None):
-        """images [B, 3, H, W], ImageNet-normalised -> {"cls": [B, D] or None, "patch": [B, rows*cols, D]}.
+        """images [B, 3, H, W], ImageNet-normalised -> {"cls": [B, D] or None, "patch": [B, rows*cols, D]}; B may be 0.
 
         grid (rows, cols): the token grid that is wanted; images of another size are resized to it. None: as they are.
-        No images: empty features.
         """
         if len(images) == 0:
             rows, cols = grid or [side // self.patch_size for side in images.shape[-2:]]
@@ -578,24 +577,23 @@ class TwoView(nn.Module):
         conf [B, H, W] > 1; desc [B, H, W, 24] unit descriptors; theirs, desc_conf [B, H, W] > 0. fp32; on a GPU all but
         the heads runs in bf16. Raises Oops if a side is no multiple of the patch size.
         """
-        for height, width in (view1.shape[-2:], view2.shape[-2:]):
+        views = view1, view2
+        for height, width in (view.shape[-2:] for view in views):
             if height % self.patch or width % self.patch:
                 raise Oops(f"image size {height}x{width} is no multiple of the patch size {self.patch}")
-        grids = [tuple(side // self.patch for side in view.shape[-2:]) for view in (view1, view2)]
+        grids = [tuple(side // self.patch for side in view.shape[-2:]) for view in views]
         device = view1.device.type
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            layers1, layers2 = [[self.encode(view, grid)] for view, grid in zip((view1, view2), grids)]
-            x, y = self.decoder_embed(layers1[0]), self.decoder_embed(layers2[0])
+            layers = [[self.encode(view, grid) for view, grid in zip(views, grids)]]  # of both views
+            x, y = [self.decoder_embed(tokens) for tokens in layers[0]]
             rope_x, rope_y = [dune.rope_table(*grid, 0, 64, view1.device) for grid in grids]
             for block1, block2 in zip(self.dec_blocks, self.dec_blocks2):
                 x, y = block1(x, y, rope_x, rope_y), block2(y, x, rope_y, rope_x)  # both read what was before
-                layers1.append(x)
-                layers2.append(y)
-            layers1[-1] = self.dec_norm(x)
-            layers2[-1] = self.dec_norm(y)
+                layers.append([x, y])
+            layers[-1] = [self.dec_norm(x), self.dec_norm(y)]
         with torch.autocast(device, enabled=False):
-            return (self.downstream_head1([x.float() for x in layers1], grids[0]),
-                    self.downstream_head2([y.float() for y in layers2], grids[1]))
+            layers1, layers2 = [[tokens.float() for tokens in view] for view in zip(*layers)]
+            return self.downstream_head1(layers1, grids[0]), self.downstream_head2(layers2, grids[1])
 
     def encode(self, images, grid):
         """[B, 3, H, W] in MASt3R's normalisation -> the tokens that the decoder reads, [B, rows*cols, D]."""

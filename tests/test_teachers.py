@@ -231,8 +231,10 @@ def test_bf16_is_as_near_as_fp32_weights_under_autocast(name, tmp_path):
 
     def error(features):
         return ((features - true) / true.std((0, 1))).norm().item()
+    between = []
+    ours.vit.blocks[-1].register_forward_pre_hook(lambda block, inputs: between.append(inputs[0].dtype))
     mine = ours(image)["patch"]
-    assert mine.dtype == torch.bfloat16
+    assert mine.dtype == torch.bfloat16 and between == [torch.float32]
     assert error(mine) < 1.1 * error(autocast) and error(mine) < 0.9 * error(cast)
 
 # ---- Mistakes --------------------------------------------------------------------------------------------------------
