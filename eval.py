@@ -454,8 +454,7 @@ def labelled_images(args, folders, read):
     def item(pair):
         target = read(*pair)
         return pair[0], target, windows(*target.shape[::-1], args.sliding, pair[0])
-    pairs = [find_pairs(folder, folders) for folder in (args.train, args.test)]
-    return [[image for [image] in read_ahead(item, [[pair] for pair in part])] for part in pairs]
+    return list(read_ahead(item, [find_pairs(folder, folders) for folder in (args.train, args.test)]))
 
 def dense(args, look, train, test, outputs, bins, loss_of):
     """The common part of seg and depth: trains a head on each reader's features of `train` and yields (reader's name,
