@@ -359,6 +359,7 @@ def test_what_is_within_reach_is_printed(monkeypatch, capsys):
     assert share[4] == pytest.approx(100 * bench.ISSUE / busy[4] * 100, abs=2)
 
 
+ONES = ("N", "rows", "tiles", "tiles_per_outer", "s_outer", "s_row", "t_outer", "t_row", "x_outer", "x_row")
 TARGETS = [("cuda", 90, 32), ("cuda", 80, 32), ("hip", "gfx942", 64)]
 
 
@@ -367,7 +368,7 @@ TARGETS = [("cuda", 90, 32), ("cuda", 80, 32), ("hip", "gfx942", 64)]
 def test_compiles_ahead_to_wide_accesses_without_spills(target):
     pytest.importorskip("triton", reason="no Triton on this system")
     from kernels import bench
-    bench.compile_ahead(65, "fp16", target, ones=("N", "s_row", "t_row", "x_row"))
+    bench.compile_ahead(65, "fp16", target, ones=ONES)
     class_tokens = bench.compile_ahead(1024, "bf16", target, tokens=(1, 128), names=("moments", "merge"))
     for dtype, size in (("bf16", 2), ("fp32", 4)):
         compiled = bench.compile_ahead(1024, dtype, target)
