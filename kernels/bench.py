@@ -151,7 +151,7 @@ ISSUE = 0.6        # share of its cycles in which a scheduler is taken to start 
 TYPES = {"bf16": ("i32", 4, 2), "fp16": ("fp16", 2, 1), "fp32": ("fp32", 4, 1)}   # a word, its bytes, channels in it
 
 
-def compile_ahead(D, dtype, target=("cuda", 90, 32), tokens=(128, 576), ones=()):
+def compile_ahead(D, dtype, target=("cuda", 90, 32), tokens=(128, 576), ones=(), names=(*STAGES[:3], "merge")):
     """{name: compiled kernel} as launched for contiguous features [*tokens, D]; needs Triton, but no GPU.
 
     dtype: "bf16", "fp16" or "fp32"; target: backend, architecture, lanes of a warp; ones: arguments that are 1, which
@@ -176,13 +176,13 @@ def compile_ahead(D, dtype, target=("cuda", 90, 32), tokens=(128, 576), ones=())
     pointers = dict.fromkeys(("mean", "std", "means", "m2s", "counts", "m2", "cos", "smooth"), "*fp32")
     pointers |= dict.fromkeys(("x", "student", "teacher"), f"*{kind}") | {"grad": f"*{dtype}"}
     result = {}
-    for name, (kernel, warps, constants) in kernels.items():
-        names = kernel.arg_names
-        signature = {n: pointers.get(n, "fp32" if n == "eps" else "i32") for n in names}
-        constants = {n: value for n, value in constants.items() if n in names}
-        signature |= dict.fromkeys(constants, "constexpr")
-        source = ASTSource(kernel, signature, {(names.index(n),): value for n, value in constants.items()},
-                           {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"})
+    for name in names:
+        kernel, warps, constants = kernels[name]
+        signature = {n: pointers.get(n, "fp32" if n == "eps" else "i32") for n in kernel.arg_names}
+        signature |= {n: "constexpr" for n in constants if n in signature}
+        places = {n: (i,) for i, n in enumerate(signature)}
+        source = ASTSource(kernel, signature, {places[n]: constants[n] for n in constants if n in places},
+                           {places[n]: [["tt.divisibility", 16]] for n in places if signature[n][0] == "*"})
         options = {"num_warps": warps, "enable_fp_fusion": True}
         result[name] = triton.compile(source, target=GPUTarget(*target), options=options)
     return result
@@ -240,9 +240,9 @@ def reach(card, D, dtype):
     size = word // pair
     starts = sheet.multiprocessors * sheet.clock * (128 if lanes == 32 else 64)   # instructions of lanes, a second
     found = {}
-    for name, kernel in compile_ahead(D, dtype, sheet.target).items():
+    for name, kernel in compile_ahead(D, dtype, sheet.target, names=STAGES[:3]).items():
         compiled = code(kernel)
-        if name == "merge" or not compiled:
+        if compiled is None:
             continue
         registers, spilled, loop = compiled
         if name == "moments":

@@ -33,42 +33,6 @@ NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _statistics(mean, std, eps, D: tl.constexpr, TILE: tl.constexpr, PACK: tl.constexpr):
-    """mean and 1/max(std, eps) in tuples, as `_read` lays channels out; 0 past the last one, where t is then 0 too."""
-    mus, invs = (), ()
-    for k in tl.static_range((D + TILE * PACK - 1) // (TILE * PACK)):
-        channel = k * TILE * PACK + tl.arange(0, TILE * PACK)
-        mu = tl.load(mean + channel, mask=channel < D, other=0.0)
-        sd = tl.load(std + channel, mask=channel < D, other=1.0)
-        inv = tl.where(channel < D, 1.0 / tl.maximum(sd, eps, propagate_nan=NAN), 0.0)
-        mus = mus + split(mu[None, :], PACK)
-        invs = invs + split(inv[None, :], PACK)
-    return mus, invs
-
-
-@triton.jit
-def _read(tokens, live, k: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, PACK: tl.constexpr):
-    """The k-th TILE words of tokens [ROWS, 1], unpacked: PACK tensors [ROWS, TILE] in fp32."""
-    word = k * TILE + tl.arange(0, TILE)[None, :]
-    if (k + 1) * TILE * PACK > D:
-        live = live & (word < D // PACK)
-    return unpack(tl.load(tokens + word, mask=live, other=0), PACK)
-
-
-@triton.jit
-def _inverse_norm(square):
-    return tl.minimum(tl.rsqrt(square), 1e8, propagate_nan=NAN)   # 1 / max(norm, 1e-8)
-
-
-@triton.jit
-def _walk(row, step, N, outer, inner):
-    """Where row i N + j lies, i outer + j inner, and how far row + step is: in the same i, and carried to the next."""
-    at = (row // N).to(tl.int64) * outer + (row % N).to(tl.int64) * inner
-    hop = (step // N).to(tl.int64) * outer + (step % N).to(tl.int64) * inner
-    return at, hop, hop + outer - tl.cast(N, tl.int64) * inner
-
-
-@triton.jit
 def _kernel(student, teacher, mean, std, cos, smooth, grad, rows, N, s_outer, s_row, t_outer, t_row, eps,
             BACKWARD: tl.constexpr, BETA: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
             PACK: tl.constexpr, VECTOR: tl.constexpr):
@@ -149,6 +113,42 @@ def _write_gradient(grad, row, inside, kept, a, b, q, BETA: tl.constexpr, D: tl.
             ok = ok & (channel < D)
         at = grad + row.to(tl.int64)[:, None] * D + channel
         tl.store(at, join(parts, PACK).to(grad.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _statistics(mean, std, eps, D: tl.constexpr, TILE: tl.constexpr, PACK: tl.constexpr):
+    """mean and 1/max(std, eps) in tuples, as `_read` lays channels out; 0 past the last one, where t is then 0 too."""
+    mus, invs = (), ()
+    for k in tl.static_range((D + TILE * PACK - 1) // (TILE * PACK)):
+        channel = k * TILE * PACK + tl.arange(0, TILE * PACK)
+        mu = tl.load(mean + channel, mask=channel < D, other=0.0)
+        sd = tl.load(std + channel, mask=channel < D, other=1.0)
+        inv = tl.where(channel < D, 1.0 / tl.maximum(sd, eps, propagate_nan=NAN), 0.0)
+        mus = mus + split(mu[None, :], PACK)
+        invs = invs + split(inv[None, :], PACK)
+    return mus, invs
+
+
+@triton.jit
+def _read(tokens, live, k: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, PACK: tl.constexpr):
+    """The k-th TILE words of tokens [ROWS, 1], unpacked: PACK tensors [ROWS, TILE] in fp32."""
+    word = k * TILE + tl.arange(0, TILE)[None, :]
+    if (k + 1) * TILE * PACK > D:
+        live = live & (word < D // PACK)
+    return unpack(tl.load(tokens + word, mask=live, other=0), PACK)
+
+
+@triton.jit
+def _inverse_norm(square):
+    return tl.minimum(tl.rsqrt(square), 1e8, propagate_nan=NAN)   # 1 / max(norm, 1e-8)
+
+
+@triton.jit
+def _walk(row, step, N, outer, inner):
+    """Where row i N + j lies, i outer + j inner, and how far row + step is: in the same i, and carried to the next."""
+    at = (row // N).to(tl.int64) * outer + (row % N).to(tl.int64) * inner
+    hop = (step // N).to(tl.int64) * outer + (step % N).to(tl.int64) * inner
+    return at, hop, hop + outer - tl.cast(N, tl.int64) * inner
 
 
 class Card(NamedTuple):
