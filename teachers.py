@@ -27,7 +27,7 @@ from dune import Attention, Mlp, Oops, SIZES, ViT
 @dataclass(frozen=True)
 class Teacher:
     """One row of TEACHERS: where its weights are, where the encoder is in the file, how it differs from a plain ViT."""
-    url: str                     # of its file; of a gated one: of the page to ask for it
+    url: str                     # of its file; of a gated one: of the page to ask for it; "": only by --weights
     license: str
     gated: str = ""              # what to ask for there
     inside: str = ""             # the key of the file that holds the state dict ("" = the file is it)
@@ -213,6 +213,8 @@ def load_teacher(name, weights=None, device="cpu", dtype=torch.float32):
     if name not in TEACHERS:
         raise Oops(f"unknown teacher '{name}'; there are: {', '.join(TEACHERS)}")
     row = TEACHERS[name]
+    if not row.url and not weights:
+        raise Oops(f"{name} has no published file: pass one, --weights {name}=FILE")
     if row.gated and not weights:
         raise Oops(f"{name} is not open to all: ask for {row.gated} at {row.url} and pass it, --weights {name}=FILE")
     if weights == "random":
@@ -782,7 +784,7 @@ def main():
         millions = round(sum(p.numel() for p in teacher.parameters()) / 1e6)
         cls = "distilled" if teacher.has_cls else "unused" if teacher.gives_cls else "none"
         images = "ImageNet" if row.mean == IMAGENET_MEAN else "0.5"
-        path = f"ask at {row.url}" if row.gated else dune.cached(row.url)
+        path = f"ask at {row.url}" if row.gated else dune.cached(row.url) if row.url else "--weights"
         here = "+" if os.path.exists(path) else "-"
         print(line(name, row.domain, millions, teacher.patch_size, cls, images, row.license, here, path))
 
