@@ -3,8 +3,7 @@
     teacher = load_teacher("mast3r")              # downloads MASt3R once, keeps its encoder
     tokens = teacher(images, grid=(24, 24))       # {"cls": None, "patch": [B, 576, 1024]}, whatever its own patch size
 
-Then how the specialists learn from labelled scenes, and MASt3R's two-view decoder, on its own encoder or on a DUNE.
-`python teachers.py` prints the table.
+Then MASt3R's two-view decoder, on its own encoder or on a DUNE. `python teachers.py` prints the table.
 """
 
 import argparse
@@ -46,81 +45,78 @@ class Teacher:
     shape: dict = field(default_factory=dict)   # published size, for random weights; a file's is read off its tensors
 
 META = "https://dl.fbaipublicfiles.com/"
-DINOV2 = META + "dinov2/{0}/{0}{1}_pretrain.pth"
+DINOV2 = META + "dinov2/dinov2_{0}/dinov2_{0}{1}_pretrain.pth"
 NAVER = "https://download.europe.naverlabs.com/ComputerVision/"
 BYTE = "https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/"
 HUB = "https://huggingface.co/"
 DEPTH = HUB + "depth-anything/Depth-Anything-V2-{}/resolve/main/depth_anything_v2_{}.pth"
-HALF = (0.5, 0.5, 0.5)
+HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 # Published sizes, and what families have in common
-VIT_S14, VIT_B14, VIT_L14 = [dict(SIZES[size], patch_size=14, image_size=518, registers=0)
-                             for size in ("small", "base", "large")]
-VIT_S16, VIT_B16, VIT_L16 = [dict(SIZES[size], patch_size=16, image_size=224, registers=0, layer_scale=None)
-                             for size in ("small", "base", "large")]
-VIT_T16 = dict(VIT_S16, embed_dim=192, num_heads=3)
-SCALE = dict(layer_scale=1e-4)
-REGISTERS = dict(SCALE, registers=4)
+SMALL, BASE, LARGE = SIZES["small"], SIZES["base"], SIZES["large"]
+VIT14 = dict(patch_size=14, image_size=518, registers=0)
+VIT16 = dict(patch_size=16, image_size=224, registers=0, layer_scale=None)
+REGISTERS = dict(registers=4, layer_scale=1e-4)
 CROCO = dict(license="CC BY-NC-SA 4.0", inside="model", prefix=r"enc_(?=blocks|norm)|(?=patch_embed\.)", domain="rooms",
-             vit=dict(position="rope"), shape=dict(VIT_L16, class_token=False))
+             vit=dict(position="rope"), shape=VIT16 | LARGE | dict(class_token=False))
 DUNE = dict(license="CC BY-NC-SA 4.0", inside="model", prefix=r"((module|_orig_mod)\.)*encoder\.")
-DEPTH_ANYTHING = dict(prefix=r"pretrained\.", distil_cls=False, domain="rooms")  # its head reads patches alone
+DEPTH_ANY = dict(prefix=r"pretrained\.", distil_cls=False, domain="rooms")  # its head reads patches alone
+SIGLIP = dict(license="Apache-2.0", layout="siglip", prefix=r"vision_model\.", pool="attention", generic=True, **HALF,
+              vit=dict(position="size", gelu="tanh"),
+              rename={r"^embeddings\.patch_embedding\.": "patch_embed.proj.", r"^encoder\.layers\.": "blocks.",
+                      r"^embeddings\.position_embedding\.weight$": "pos_embed", r"\.layer_norm(\d)\.": r".norm\1.",
+                      r"\.self_attn\.out_proj\.": ".attn.proj.", r"^post_layernorm\.": "norm.", r"^head\.": "pool."})
 V3 = dict(layout="dinov3", ignore=r"local_cls_norm\.", vit=dict(position="rope_centred", eps=1e-5), generic=True,
           rename={r"^storage_tokens$": "register_tokens", r"^rope_embed\.periods$": "rope_periods"})
 DINOV3 = dict(V3, url="https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/", license="DINOv3 License")
 EUPE = dict(V3, license="FAIR noncommercial", gated="its .pt file")
-SIGLIP = dict(license="Apache-2.0", layout="siglip", prefix=r"vision_model\.", pool="attention", generic=True,
-              vit=dict(position="size", gelu="tanh"), mean=HALF, std=HALF,
-              rename={r"^embeddings\.patch_embedding\.": "patch_embed.proj.", r"^encoder\.layers\.": "blocks.",
-                      r"^embeddings\.position_embedding\.weight$": "pos_embed", r"\.layer_norm(\d)\.": r".norm\1.",
-                      r"\.self_attn\.out_proj\.": ".attn.proj.", r"^post_layernorm\.": "norm.", r"^head\.": "pool."})
 
 TEACHERS = {
     # DUNE's three: 2D, 3D scenes, 3D people. Its DINOv2 resizes positions as those without registers do.
-    "dinov2": Teacher(DINOV2.format("dinov2_vitl14", "_reg4"), "Apache-2.0", generic=True,
-                      shape=VIT_L14 | REGISTERS),
-    "mast3r": Teacher(NAVER + "MASt3R/MASt3R_ViTLarge_BaseDecoder_512_catmlpdpt_metric.pth",
-                      mean=HALF, std=HALF, **CROCO),
+    "dinov2": Teacher(DINOV2.format("vitl14", "_reg4"), "Apache-2.0", generic=True, shape=VIT14 | LARGE | REGISTERS),
+    "mast3r": Teacher(NAVER + "MASt3R/MASt3R_ViTLarge_BaseDecoder_512_catmlpdpt_metric.pth", **HALF, **CROCO),
     "multihmr": Teacher(NAVER + "MultiHMR/multiHMR_672_L.pt", "CC BY-NC-SA 4.0", inside="model_state_dict",
-                        prefix=r"backbone\.encoder\.", distil_cls=False, domain="people", shape=VIT_L14),
+                        prefix=r"backbone\.encoder\.", distil_cls=False, domain="people", shape=VIT14 | LARGE),
     # DINOv2 as its hub builds it, and smaller ones without registers
-    "dinov2_reg": Teacher(DINOV2.format("dinov2_vitl14", "_reg4"), "Apache-2.0", generic=True,
-                          vit=dict(position="antialias"), shape=VIT_L14 | REGISTERS),
-    "dinov2_vits14": Teacher(DINOV2.format("dinov2_vits14", ""), "Apache-2.0", generic=True, shape=VIT_S14),
-    "dinov2_vitb14": Teacher(DINOV2.format("dinov2_vitb14", ""), "Apache-2.0", generic=True, shape=VIT_B14),
+    "dinov2_reg": Teacher(DINOV2.format("vitl14", "_reg4"), "Apache-2.0", generic=True, vit=dict(position="antialias"),
+                          shape=VIT14 | LARGE | REGISTERS),
+    "dinov2_vits14": Teacher(DINOV2.format("vits14", ""), "Apache-2.0", generic=True, shape=VIT14 | SMALL),
+    "dinov2_vitb14": Teacher(DINOV2.format("vitb14", ""), "Apache-2.0", generic=True, shape=VIT14 | BASE),
     # UNIC's four
-    "dino": Teacher(META + "dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", "Apache-2.0", shape=VIT_B16),
+    "dino": Teacher(META + "dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", "Apache-2.0", shape=VIT16 | BASE),
     "ibot": Teacher(BYTE + "archive/2022/ibot/vitb_16_rand_mask/checkpoint_teacher.pth", "Apache-2.0",
-                    inside="state_dict", shape=VIT_B16),
+                    inside="state_dict", shape=VIT16 | BASE),
     "deit3": Teacher(META + "deit/deit_3_base_224_1k.pth", "Apache-2.0", inside="model", layout="deit3",
-                     ignore=r"head\.", rename={r"\.gamma_(\d)$": r".ls\1.gamma"}, shape=VIT_B16 | SCALE),
+                     ignore=r"head\.", rename={r"\.gamma_(\d)$": r".ls\1.gamma"},
+                     shape=VIT16 | BASE | dict(layer_scale=1e-4)),
     "dbotft": Teacher(BYTE + "mmodal/dbot/84.5_dbot_base_finetune.pth", "CC BY-NC 4.0", inside="model",
-                      rename={r"^fc_norm\.": "norm."}, ignore=r"head\.", pool="mean", shape=VIT_B16),
+                      ignore=r"head\.", rename={r"^fc_norm\.": "norm."}, pool="mean", shape=VIT16 | BASE),
     # DUNE, as teacher of the next one: these, or any checkpoint of ours by --weights
-    "dune_base": Teacher(dune.PUBLISHED.format("dune_vitbase14_448"), shape=VIT_B14 | REGISTERS, **DUNE),
-    "dune_small": Teacher(dune.PUBLISHED.format("dune_vitsmall14_448"), shape=VIT_S14 | REGISTERS, **DUNE),
+    "dune_base": Teacher(dune.PUBLISHED.format("dune_vitbase14_448"), shape=VIT14 | BASE | REGISTERS, **DUNE),
+    "dune_small": Teacher(dune.PUBLISHED.format("dune_vitsmall14_448"), shape=VIT14 | SMALL | REGISTERS, **DUNE),
     # 3D scenes and depth
-    "dust3r": Teacher(NAVER + "DUSt3R/DUSt3R_ViTLarge_BaseDecoder_512_dpt.pth", mean=HALF, std=HALF, **CROCO),
+    "dust3r": Teacher(NAVER + "DUSt3R/DUSt3R_ViTLarge_BaseDecoder_512_dpt.pth", **HALF, **CROCO),
     "croco": Teacher(NAVER + "CroCo/CroCo_V2_ViTLarge_BaseDecoder.pth", **CROCO),
     "vggt": Teacher(HUB + "facebook/VGGT-1B/resolve/main/model.pt", "VGGT, non-commercial", domain="rooms",
                     prefix=r"aggregator\.patch_embed\.", vit=dict(position="antialias"), distil_cls=False,
-                    shape=VIT_L14 | REGISTERS),
-    "depth_anything_v2_vits": Teacher(DEPTH.format("Small", "vits"), "Apache-2.0", shape=VIT_S14, **DEPTH_ANYTHING),
-    "depth_anything_v2_vitb": Teacher(DEPTH.format("Base", "vitb"), "CC BY-NC 4.0", shape=VIT_B14, **DEPTH_ANYTHING),
-    "depth_anything_v2_vitl": Teacher(DEPTH.format("Large", "vitl"), "CC BY-NC 4.0", shape=VIT_L14, **DEPTH_ANYTHING),
+                    shape=VIT14 | LARGE | REGISTERS),
+    "depth_anything_v2_vits": Teacher(DEPTH.format("Small", "vits"), "Apache-2.0", shape=VIT14 | SMALL, **DEPTH_ANY),
+    "depth_anything_v2_vitb": Teacher(DEPTH.format("Base", "vitb"), "CC BY-NC 4.0", shape=VIT14 | BASE, **DEPTH_ANY),
+    "depth_anything_v2_vitl": Teacher(DEPTH.format("Large", "vitl"), "CC BY-NC 4.0", shape=VIT14 | LARGE, **DEPTH_ANY),
     # Of images alone, or of images and text
     "mae_vitl16": Teacher(META + "mae/pretrain/mae_pretrain_vit_large.pth", "CC BY-NC 4.0", inside="model",
-                          distil_cls=False, vit=dict(position="size"), shape=VIT_L16),
+                          distil_cls=False, vit=dict(position="size"), shape=VIT16 | LARGE),
     "siglip2_vitb16": Teacher(HUB + "google/siglip2-base-patch16-256/resolve/main/model.safetensors",
-                              shape=dict(VIT_B16, image_size=256, class_token=False), **SIGLIP),
+                              shape=VIT16 | BASE | dict(image_size=256, class_token=False), **SIGLIP),
     "siglip2_vitl16": Teacher(HUB + "google/siglip2-large-patch16-256/resolve/main/model.safetensors",
-                              shape=dict(VIT_L16, image_size=256, class_token=False), **SIGLIP),
-    "dinov3_vits16": Teacher(gated="dinov3_vits16_pretrain_lvd1689m-*.pth", shape=VIT_S16 | REGISTERS, **DINOV3),
-    "dinov3_vitb16": Teacher(gated="dinov3_vitb16_pretrain_lvd1689m-*.pth", shape=VIT_B16 | REGISTERS, **DINOV3),
-    "dinov3_vitl16": Teacher(gated="dinov3_vitl16_pretrain_lvd1689m-*.pth", shape=VIT_L16 | REGISTERS, **DINOV3),
-    "eupe_vitt16": Teacher(HUB + "facebook/EUPE-ViT-T", shape=VIT_T16 | REGISTERS, **EUPE),
-    "eupe_vits16": Teacher(HUB + "facebook/EUPE-ViT-S", shape=VIT_S16 | REGISTERS, **EUPE),
-    "eupe_vitb16": Teacher(HUB + "facebook/EUPE-ViT-B", shape=VIT_B16 | REGISTERS, **EUPE),
+                              shape=VIT16 | LARGE | dict(image_size=256, class_token=False), **SIGLIP),
+    "dinov3_vits16": Teacher(gated="dinov3_vits16_pretrain_lvd1689m-*.pth", shape=VIT16 | SMALL | REGISTERS, **DINOV3),
+    "dinov3_vitb16": Teacher(gated="dinov3_vitb16_pretrain_lvd1689m-*.pth", shape=VIT16 | BASE | REGISTERS, **DINOV3),
+    "dinov3_vitl16": Teacher(gated="dinov3_vitl16_pretrain_lvd1689m-*.pth", shape=VIT16 | LARGE | REGISTERS, **DINOV3),
+    "eupe_vitt16": Teacher(HUB + "facebook/EUPE-ViT-T",
+                           shape=VIT16 | SMALL | REGISTERS | dict(embed_dim=192, num_heads=3), **EUPE),
+    "eupe_vits16": Teacher(HUB + "facebook/EUPE-ViT-S", shape=VIT16 | SMALL | REGISTERS, **EUPE),
+    "eupe_vitb16": Teacher(HUB + "facebook/EUPE-ViT-B", shape=VIT16 | BASE | REGISTERS, **EUPE),
 }
 
 # ---- The frozen teacher ----------------------------------------------------------------------------------------------
@@ -128,8 +124,8 @@ TEACHERS = {
 class FrozenTeacher(nn.Module):
     """A teacher's encoder behind one interface: ImageNet-normalised images in, tokens on the asked grid out, frozen.
 
-    pool    the source of the class feature, if not a class token: "mean" of the patch tokens, which then goes through the
-            norm while they stay without (dBOT); or an AttentionPool of them (SigLIP)
+    pool    where a class feature comes from that is no class token: the "mean" of the patch tokens, through the norm,
+            which they then stay without (dBOT); or an AttentionPool of them (SigLIP)
     dtype   bf16: so are the weights of matrix products, which run under autocast; all else is fp32, also what goes from
             block to block. The features have this type.
     """
@@ -211,8 +207,7 @@ def load_teacher(name, weights=None, device="cpu", dtype=torch.float32):
     """A frozen teacher (FrozenTeacher), its size read off the weights.
 
     name     a row of TEACHERS
-    weights  a file in the published layout; "random": random weights of the published size; None: the published file,
-             downloaded
+    weights  a file in the published layout; None: the published one, downloaded; "random": random, of published size
     Raises Oops for an unknown name and for a file that is missing, unreadable or of another layout (naming the tensor).
     """
     if name not in TEACHERS:
@@ -221,8 +216,9 @@ def load_teacher(name, weights=None, device="cpu", dtype=torch.float32):
     if row.gated and not weights:
         raise Oops(f"{name} is not open to all: ask for {row.gated} at {row.url} and pass it, --weights {name}=FILE")
     if weights == "random":
-        vit = ViT(**row.shape, **row.vit)
-        pool = AttentionPool(vit.embed_dim) if row.pool == "attention" else row.pool
+        with torch.device(device):
+            vit = ViT(**row.shape, **row.vit)
+            pool = AttentionPool(vit.embed_dim) if row.pool == "attention" else row.pool
     else:
         path = weights or dune.fetch(row.url)
         state = encoder_state(name, dune.read_checkpoint(path), path)
@@ -241,7 +237,7 @@ def encoder_state(name, file, path):
     for key, value in part.items() if isinstance(part, dict) else ():
         found = re.match(row.prefix, str(key))
         if found and torch.is_tensor(value):
-            key = key[found.end():]
+            key = str(key)[found.end():]
             for old, new in row.rename.items():
                 key = re.sub(old, new, key)
             if not re.match(row.ignore, key):
@@ -256,8 +252,8 @@ def encoder_state(name, file, path):
     except (KeyError, RuntimeError, TypeError, IndexError):
         widths = 0, 1
     if widths[0] != 4 * widths[1]:
-        raise Oops(f"{path} is no file of teacher {name}, or of one that is not supported: MLPs of other than 4 times the "
-                   "width (SwiGLU, So400m, 7B), heads of other than 64 channels")
+        raise Oops(f"{path} is no file of teacher {name}, or of a kind that is not supported: MLPs of other than 4 times "
+                   "the width (SwiGLU, So400m, 7B), heads of other than 64 channels")
     return state
 
 def from_deit3(state):
@@ -265,8 +261,8 @@ def from_deit3(state):
     state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))
 
 def from_dinov3(state):
-    """A mask multiplies the bias of q, k and v. The rotation pairs channel j of a head with j + 32, ours j with j + 16 in
-    either half: with the middle quarters of the rows of q and k swapped the one is the other."""
+    """A mask multiplies the bias of q, k and v. The rotation pairs channel j of a head with j + 32, ours j with j + 16 of
+    either half: with the middle quarters of the rows of q and k swapped that is the same."""
     for key in [key for key in state if re.search(r"\.attn\.qkv\.(weight|bias)$", key)]:
         rows = state[key] * state.pop(f"{key}_mask", 1)
         q, k, v = rows.unflatten(0, (3, -1, 4, 16))
@@ -288,8 +284,7 @@ def fit(parameters, loss, steps, lr, weight_decay=1e-2, betas=(0.9, 0.999), clip
 
     parameters  a list of tensors, or of param groups, which may have their own "lr" (its peak) and "weight_decay"
     loss        loss(step) gives what this step minimises, a scalar
-    betas       the first swings by 0.05 around its value while the rate rises and falls, as one-cycle wants
-    clip        the largest norm of the gradient of all parameters together; 0: any
+    betas       the first swings by 0.05 around its value, against the rate;  clip  the gradient's largest norm, 0: any
     what        a name for a progress bar; None: no bar
     """
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=betas, fused=True)
@@ -498,8 +493,8 @@ def prepare_specialists(names):
             make_specialist(name, specialist_scenes(name, SPECIALISTS[name]["scenes"]), path)
 
 def specialist_path(name):
-    """Where a tiny specialist lies once it is made. Its name tells the recipe and the first scenes: after a change it is
-    made anew."""
+    """Where a tiny specialist lies once it is made. Its name tells the recipe and how scenes look: after a change of
+    either it is made anew."""
     key = hashlib.sha1(repr((SPECIALISTS[name], TEACHERS[name].vit, MATCHING, FINE)).encode())
     for label in specialist_scenes(name, 2).values():
         key.update(label.numpy().tobytes())
@@ -581,8 +576,8 @@ class TwoView(nn.Module):
         self.dec_norm = nn.LayerNorm(dim, eps=1e-6)
         self.downstream_head1 = TwoViewHead(encoder.embed_dim, dim, depth, self.patch, **head_sizes)
         self.downstream_head2 = TwoViewHead(encoder.embed_dim, dim, depth, self.patch, **head_sizes)
-        wanted = (HALF, HALF) if encoder.position == "rope" else (IMAGENET_MEAN, IMAGENET_STD)
-        self.prepare = Prepare(HALF, HALF, *wanted)
+        to = HALF if encoder.position == "rope" else dict(mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        self.prepare = Prepare(HALF["mean"], HALF["std"], to["mean"], to["std"])
 
     def forward(self, view1, view2):
         """Two image batches [B, 3, H, W] in MASt3R's normalisation (2 x - 1 of 0..1), of any two sizes -> two dicts.
@@ -802,18 +797,19 @@ def two_view_layout(model):
 
 def main():
     """python teachers.py: the table."""
-    dune.Parser(description="The teachers, and whether their files are here.").parse_args()
-    line = "{:23}{:9}{:>5}{:>6}  {:9}{:10}{:22}{}".format
-    print(line("teacher", "knows", "M", "patch", "class", "images", "licence", "file (+ is here)"))
+    dune.Parser(description="The teachers, their licences, and where their files are looked for.").parse_args()
+    line = "{:23} {:8} {:>4} {:>5}  {:9} {:8}  {:20}  {}".format
+    print(line("teacher", "knows", "M", "patch", "class", "images", "licence", "file"))
     for name, row in TEACHERS.items():
-        with torch.device("meta"):
-            teacher = load_teacher(name, "random", device="meta")
+        teacher = load_teacher(name, "random", device="meta")
         millions = round(sum(p.numel() for p in teacher.parameters()) / 1e6)
         cls = "distilled" if teacher.has_cls else "unused" if teacher.gives_cls else "none"
-        path = f"--weights {name}={row.gated}, from {row.url}" if row.gated else dune.cached(row.url)
         images = "ImageNet" if row.mean == IMAGENET_MEAN else "0.5"
-        here = "+ " if os.path.exists(path) else "- "
-        print(line(name, row.domain, millions, teacher.patch_size, cls, images, row.license, here + path))
+        place = f"ask: {row.url}"
+        if not row.gated:
+            path = dune.cached(row.url)
+            place = f"{'here' if os.path.exists(path) else 'missing'}: {path}"
+        print(line(name, row.domain, millions, teacher.patch_size, cls, images, row.license, place))
 
 if __name__ == "__main__":
     dune.run(main)
