@@ -1452,9 +1452,9 @@ OPTIONS = {
     "bench": option(False, "print images/s of each stage instead"),
 }
 
-def main():
+def main(argv=None):
     from teachers import TEACHERS  # it imports this file: only the command needs it
-    args = dune.Parser(description="What do the sources hold?").add(OPTIONS).parse_args()
+    args = dune.Parser(description="What do the sources hold?").add(OPTIONS).parse_args(argv)
     if args.bench:
         return bench(args.image_size)
     lines = itertools.chain.from_iterable(map(data_lines, args.data))

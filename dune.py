@@ -141,7 +141,8 @@ class ViT(nn.Module):
         if height % self.patch_size or width % self.patch_size:
             raise Oops(f"image size {height}x{width} is no multiple of the patch size {self.patch_size}")
         rows, cols = height // self.patch_size, width // self.patch_size
-        x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2).to(self.norm.weight.dtype)  # fp32 under autocast
+        x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)
+        x = x.to(self.norm.weight.dtype)  # under autocast, too, what goes from block to block is fp32
         if self.pos_embed is not None:
             x = x + self.positions(rows, cols)
         # Registers first, then class and patches: attention does not see the order, and projectors read a plain slice.

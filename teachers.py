@@ -84,7 +84,8 @@ TEACHERS = {
     "dinov2_vits14": Teacher(DINOV2.format("vits14", ""), "Apache-2.0", generic=True, shape=VIT14 | SMALL),
     "dinov2_vitb14": Teacher(DINOV2.format("vitb14", ""), "Apache-2.0", generic=True, shape=VIT14 | BASE),
     # UNIC's four
-    "dino": Teacher(META + "dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", "Apache-2.0", shape=VIT16 | BASE),
+    "dino": Teacher(META + "dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", "Apache-2.0",
+                    shape=VIT16 | BASE),
     "ibot": Teacher(BYTE + "archive/2022/ibot/vitb_16_rand_mask/checkpoint_teacher.pth", "Apache-2.0",
                     inside="state_dict", shape=VIT16 | BASE),
     "deit3": Teacher(META + "deit/deit_3_base_224_1k.pth", "Apache-2.0", inside="model", layout="deit3",
@@ -151,10 +152,9 @@ class FrozenTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images, grid=None):
-        """images [B, 3, H, W], ImageNet-normalised -> {"cls": [B, D] or None, "patch": [B, rows*cols, D]}.
+        """images [B, 3, H, W], ImageNet-normalised -> {"cls": [B, D] or None, "patch": [B, rows*cols, D]}; B may be 0.
 
         grid (rows, cols): the token grid that is wanted; images of another size are resized to it. None: as they are.
-        No images: empty features.
         """
         if len(images) == 0:
             rows, cols = grid or [side // self.patch_size for side in images.shape[-2:]]
@@ -223,11 +223,11 @@ def load_teacher(name, weights=None, device="cpu", dtype=torch.float32):
     else:
         path = weights or dune.fetch(row.url)
         state = encoder_state(name, dune.read_checkpoint(path), path)
-        pool_state = {key: state.pop(key) for key in list(state) if key.startswith("pool.")}
+        of_pool = {key: state.pop(key) for key in list(state) if row.pool == "attention" and key.startswith("pool.")}
         vit = dune.load_strictly(dune.vit_from_state(state, path, **row.vit), state, path)
         pool = row.pool
         if pool == "attention":
-            pool = dune.load_strictly(AttentionPool(vit.embed_dim), dune.below(pool_state, "pool."), path)
+            pool = dune.load_strictly(AttentionPool(vit.embed_dim), dune.below(of_pool, "pool."), path)
     return FrozenTeacher(name, vit, pool, dtype).to(device)
 
 def encoder_state(name, file, path):
@@ -253,8 +253,8 @@ def encoder_state(name, file, path):
     except (KeyError, RuntimeError, TypeError, IndexError):
         widths = 0, 1
     if widths[0] != 4 * widths[1]:
-        raise Oops(f"{path} is no file of teacher {name}, or of a kind that is not supported: MLPs of other than 4 times "
-                   "the width (SwiGLU, So400m, 7B), heads of other than 64 channels")
+        raise Oops(f"{path} is no file of teacher {name}, or of a kind that is not supported: MLPs not 4 times as wide "
+                   "as the tokens (SwiGLU, So400m, 7B), heads of other than 64 channels")
     return state
 
 def from_deit3(state):
@@ -262,8 +262,8 @@ def from_deit3(state):
     state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))
 
 def from_dinov3(state):
-    """A mask multiplies the bias of q, k and v. The rotation pairs channel j of a head with j + 32, ours j with j + 16 of
-    either half: with the middle quarters of the rows of q and k swapped that is the same."""
+    """A mask multiplies the bias of q, k and v. The rotation pairs channel j of a head with j + 32, ours j with j + 16
+    in each half: it is the same after swapping the middle quarters of the rows of q and k."""
     for key in [key for key in state if re.search(r"\.attn\.qkv\.(weight|bias)$", key)]:
         rows = state[key] * state.pop(f"{key}_mask", 1)
         q, k, v = rows.unflatten(0, (3, -1, 4, 16))
@@ -278,7 +278,7 @@ def from_siglip(state):
 
 LAYOUTS = {"deit3": from_deit3, "dinov3": from_dinov3, "siglip": from_siglip}
 
-# ---- Training of small things ----------------------------------------------------------------------------------------
+# ---- Probes, and the training of small things ------------------------------------------------------------------------
 
 def fit(parameters, loss, steps, lr, weight_decay=1e-2, betas=(0.9, 0.999), clip=0.0, what=None):
     """The training loop of all small things (probes, specialists, decoders): AdamW with a one-cycle learning rate.
@@ -301,23 +301,24 @@ def fit(parameters, loss, steps, lr, weight_decay=1e-2, betas=(0.9, 0.999), clip
         optimizer.step()
         schedule.step()
 
-# ---- Probes ----------------------------------------------------------------------------------------------------------
-# What linear layers read off features on the procedural scenes. On a frozen encoder this measures it (eval.py study);
-# with one that learns along it makes a tiny specialist. Each domain's probe has targets(scenes): labels on the token
-# grid, on the scenes' device; forward(features, targets): the predictions for them; loss and metrics (out, targets).
-
 def Probe(domain, dim, grid):
-    """The linear layers for one domain, for features with `dim` channels on a grid (rows, cols) of tokens."""
+    """Linear layers that read one domain's labels off features: in an encoder's study, in a specialist's training."""
     return {"objects": ObjectsProbe, "rooms": RoomsProbe, "people": PeopleProbe}[domain](dim, grid)
 
-class ObjectsProbe(nn.Module):
-    """The kind of the object (from the class token, or the mean patch), and each patch's kind or background."""
+class LinearProbe(nn.Module):
+    """For features {"cls": [B, dim] or None, "patch": [B, rows*cols, dim]} on a grid (rows, cols). A domain's probe has
+    targets(scenes): labels on the grid, where the scenes are; forward(features, targets): the predictions for them;
+    loss(out, targets); metrics(out, targets): {name: number}."""
+    outputs = {}  # {head: its channels}
 
     def __init__(self, dim, grid):
         super().__init__()
         self.grid = grid
-        self.patch = nn.Linear(dim, len(KINDS) + 1)
-        self.kind = nn.Linear(dim, len(KINDS))
+        self.heads = nn.ModuleDict({name: nn.Linear(dim, channels) for name, channels in self.outputs.items()})
+
+class ObjectsProbe(LinearProbe):
+    """The kind of the object (from the class token, or the mean patch), and each patch's kind or background."""
+    outputs = {"patch": len(KINDS) + 1, "kind": len(KINDS)}
 
     def targets(self, scenes):
         cover = F.adaptive_avg_pool2d(scenes["mask"].float()[:, None], self.grid).flatten(1)
@@ -325,11 +326,10 @@ class ObjectsProbe(nn.Module):
 
     def forward(self, features, targets):
         whole = features["patch"].mean(1) if features["cls"] is None else features["cls"]
-        return {"kind": self.kind(whole), "patch": self.patch(features["patch"])}
+        return {"kind": self.heads["kind"](whole), "patch": self.heads["patch"](features["patch"])}
 
     def loss(self, out, targets):
-        patch = F.cross_entropy(out["patch"].transpose(1, 2), targets["patch"])
-        return F.cross_entropy(out["kind"], targets["kind"]) + patch
+        return F.cross_entropy(out["kind"], targets["kind"]) + F.cross_entropy(out["patch"].mT, targets["patch"])
 
     def metrics(self, out, targets):
         """Accuracy of the kind and mean IoU of the patches, over the kinds that there are, in %."""
@@ -341,20 +341,16 @@ class ObjectsProbe(nn.Module):
         overlap = (both / (truth + guess - both))[truth > 0].mean()
         return {"accuracy": 100 * right.item(), "mIoU": 100 * overlap.item()}
 
-class RoomsProbe(nn.Module):
+class RoomsProbe(LinearProbe):
     """Each patch's log depth and surface normal."""
-
-    def __init__(self, dim, grid):
-        super().__init__()
-        self.grid = grid
-        self.patch = nn.Linear(dim, 4)
+    outputs = {"patch": 4}
 
     def targets(self, scenes):
         maps = torch.cat([scenes["depth"].log()[:, None], scenes["normals"].permute(0, 3, 1, 2)], 1)
         return self.parts(F.adaptive_avg_pool2d(maps, self.grid).flatten(2).mT)
 
     def forward(self, features, targets):
-        return self.parts(self.patch(features["patch"]))
+        return self.parts(self.heads["patch"](features["patch"]))
 
     def parts(self, x):
         depth, normals = x.split([1, 3], -1)
@@ -372,13 +368,9 @@ class RoomsProbe(nn.Module):
         return {"depth RMSE": metres.square().mean().sqrt().item(), "delta1": 100 * close.float().mean().item(),
                 "normals": torch.rad2deg(angle).mean().item()}
 
-class PeopleProbe(nn.Module):
+class PeopleProbe(LinearProbe):
     """For each joint: which patches hold one, where in the image (fractions), where in 3D (metres from the pelvis)."""
-
-    def __init__(self, dim, grid):
-        super().__init__()
-        self.grid = grid
-        self.patch = nn.Linear(dim, 6 * len(JOINTS))
+    outputs = {"patch": 6 * len(JOINTS)}
 
     def targets(self, scenes):
         rows, cols = self.grid
@@ -392,22 +384,22 @@ class PeopleProbe(nn.Module):
         gap = (joints[:, :, None] - middle[:, None]) * size
         near, figure = (torch.exp(-gap.square().sum(-1) / 2) * inside[:, :, None]).max(1)
         image, _, joint = torch.meshgrid(*[torch.arange(n, device=joints.device) for n in near.shape], indexing="ij")
-        place, xyz = joints[image, figure, joint], metres[image, figure, joint]
+        nearest = image, figure, joint
         image, figure, joint = inside.nonzero(as_tuple=True)
         truth = joints[image, figure, joint]
         col, row = (truth * size).long().unbind(-1)
-        return {"near": near, "place": place, "xyz": xyz, "centres": middle, "truth": truth,
+        return {"near": near, "place": joints[nearest], "xyz": metres[nearest], "centres": middle, "truth": truth,
                 "metres": metres[image, figure, joint], "at": torch.stack([image, row * cols + col, joint])}
 
     def forward(self, features, targets):
-        near, offset, xyz = self.patch(features["patch"]).unflatten(-1, (len(JOINTS), 6)).split([1, 2, 3], -1)
+        heads = self.heads["patch"](features["patch"]).unflatten(-1, (len(JOINTS), 6))
+        near, offset, xyz = heads.split([1, 2, 3], -1)
         return {"near": near[..., 0], "place": offset + targets["centres"][:, None], "xyz": xyz}
 
     def loss(self, out, targets):
         weight = targets["near"] * (targets["near"] > 0.3)
         apart = {k: ((out[k] - targets[k]).abs().mean(-1) * weight).sum() / weight.sum() for k in ("place", "xyz")}
-        rare = torch.tensor(3.0, device=weight.device)
-        spots = F.binary_cross_entropy_with_logits(out["near"], targets["near"], pos_weight=rare)
+        spots = F.binary_cross_entropy_with_logits(out["near"], targets["near"], pos_weight=weight.new_tensor(3.0))
         return 10 * spots + 10 * apart["place"] + 3 * apart["xyz"]
 
     def metrics(self, out, targets):
@@ -436,9 +428,9 @@ def room_pairs(start, count, size):
 def pair_geometry(pairs):
     """What a batch of pairs knows: (points, known, place, seen).
 
-    points [B, 2, S, S, 3]  both views' points in view 1's frame;  known [B, 2, S, S] bool  which of them are measured
-    place [B, S, S, 2]      where in view 2 (pixels) view 1's points are
-    seen [B, S, S] bool     which of these view 2 sees: before it, inside its image, not hidden
+    points [B, 2, S, S, 3]  both views' points in view 1's frame; known [B, 2, S, S] bool: which of them are measured
+    place [B, S, S, 2]      where in view 2 (pixels) view 1's points are; seen [B, S, S] bool: which of them it sees:
+                            before it, inside its image and not hidden
     """
     depth = pairs["depth"]
     size = depth.shape[-1]
@@ -494,8 +486,7 @@ def prepare_specialists(names):
             make_specialist(name, specialist_scenes(name, SPECIALISTS[name]["scenes"]), path)
 
 def specialist_path(name):
-    """Where a tiny specialist lies once it is made. Its name tells the recipe and how scenes look: after a change of
-    either it is made anew."""
+    """Where a tiny specialist lies. The name tells the recipe and how scenes look: after a change it is made anew."""
     key = hashlib.sha1(repr((SPECIALISTS[name], TEACHERS[name].vit, MATCHING, FINE)).encode())
     for label in specialist_scenes(name, 2).values():
         key.update(label.numpy().tobytes())
@@ -547,8 +538,8 @@ def make_specialist(name, scenes, path, batch=16, seed=0):
 def published_layout(name, state):
     """A specialist's state dict as the published file of that teacher would hold it."""
     if name == "mast3r":
-        state = {re.sub(r"^(blocks|norm)\.", r"enc_\1.", key): value for key, value in state.items()}
-        return {"args": argparse.Namespace(), "model": state}
+        model = {re.sub(r"^(blocks|norm)\.", r"enc_\1.", key): value for key, value in state.items()}
+        return {"args": argparse.Namespace(), "model": model}
     if name == "multihmr":
         return {"model_state_dict": {f"backbone.encoder.{key}": value for key, value in state.items()}}
     return state
@@ -587,24 +578,23 @@ class TwoView(nn.Module):
         conf [B, H, W] > 1; desc [B, H, W, 24] unit descriptors; theirs, desc_conf [B, H, W] > 0. fp32; on a GPU all but
         the heads runs in bf16. Raises Oops if a side is no multiple of the patch size.
         """
-        for height, width in (view1.shape[-2:], view2.shape[-2:]):
+        views = view1, view2
+        for height, width in (view.shape[-2:] for view in views):
             if height % self.patch or width % self.patch:
                 raise Oops(f"image size {height}x{width} is no multiple of the patch size {self.patch}")
-        grids = [tuple(side // self.patch for side in view.shape[-2:]) for view in (view1, view2)]
+        grids = [tuple(side // self.patch for side in view.shape[-2:]) for view in views]
         device = view1.device.type
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            layers1, layers2 = [[self.encode(view, grid)] for view, grid in zip((view1, view2), grids)]
-            x, y = self.decoder_embed(layers1[0]), self.decoder_embed(layers2[0])
+            layers = [[self.encode(view, grid) for view, grid in zip(views, grids)]]  # of both views
+            x, y = [self.decoder_embed(tokens) for tokens in layers[0]]
             rope_x, rope_y = [dune.rope_table(*grid, 0, 64, view1.device) for grid in grids]
             for block1, block2 in zip(self.dec_blocks, self.dec_blocks2):
                 x, y = block1(x, y, rope_x, rope_y), block2(y, x, rope_y, rope_x)  # both read what was before
-                layers1.append(x)
-                layers2.append(y)
-            layers1[-1] = self.dec_norm(x)
-            layers2[-1] = self.dec_norm(y)
+                layers.append([x, y])
+            layers[-1] = [self.dec_norm(x), self.dec_norm(y)]
         with torch.autocast(device, enabled=False):
-            return (self.downstream_head1([x.float() for x in layers1], grids[0]),
-                    self.downstream_head2([y.float() for y in layers2], grids[1]))
+            layers1, layers2 = [[tokens.float() for tokens in view] for view in zip(*layers)]
+            return self.downstream_head1(layers1, grids[0]), self.downstream_head2(layers2, grids[1])
 
     def encode(self, images, grid):
         """[B, 3, H, W] in MASt3R's normalisation -> the tokens that the decoder reads, [B, rows*cols, D]."""
@@ -614,33 +604,25 @@ class TwoView(nn.Module):
         return tokens if self.norm is None else self.norm(tokens)
 
 class DecoderBlock(nn.Module):
-    """Block that looks at the other view y between attention and MLP."""
+    """Block that looks at the other view y between attention and MLP, each view turned by its own positions."""
 
     def __init__(self, dim, heads):
         super().__init__()
         self.norm1, self.norm2, self.norm3, self.norm_y = [nn.LayerNorm(dim, eps=1e-6) for _ in range(4)]
         self.attn = Attention(dim, heads)
-        self.cross_attn = CrossAttention(dim, heads)
+        self.cross_attn = nn.ModuleDict({key: nn.Linear(dim, dim) for key in ("projq", "projk", "projv", "proj")})
         self.mlp = Mlp(dim, 4 * dim)
 
     def forward(self, x, y, rope_x, rope_y):
         x = x + self.attn(self.norm1(x), rope_x)
-        x = x + self.cross_attn(self.norm2(x), self.norm_y(y), rope_x, rope_y)
+        x = x + self.look(self.norm2(x), self.norm_y(y), rope_x, rope_y)
         return x + self.mlp(self.norm3(x))
 
-class CrossAttention(nn.Module):
-    """Queries from one view, keys and values from the other, each turned by its own positions."""
-
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.heads = heads
-        self.projq, self.projk, self.projv, self.proj = [nn.Linear(dim, dim) for _ in range(4)]
-
-    def forward(self, x, y, rope_x, rope_y):
-        flat = self.projq(x), self.projk(y), self.projv(y)
-        q, k, v = [t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in flat]
+    def look(self, x, y, rope_x, rope_y):
+        flat = [self.cross_attn[f"proj{key}"](tokens) for key, tokens in (("q", x), ("k", y), ("v", y))]
+        q, k, v = [t.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2) for t in flat]
         x = dune.attend(dune.rotate(q, rope_x), dune.rotate(k, rope_y), v)
-        return self.proj(x.transpose(1, 2).flatten(2))
+        return self.cross_attn["proj"](x.transpose(1, 2).flatten(2))
 
 class TwoViewHead(nn.Module):
     """One view's outputs, per pixel, from [encoder tokens, output of each decoder block]; see TwoView."""
@@ -663,9 +645,7 @@ class TwoViewHead(nn.Module):
 
 class DPT(nn.Module):
     """Dense prediction (Ranftl et al. 2021): four layers of tokens -> [B, 4, rows*patch, cols*patch].
-
-    dims: channels of the four layers' tokens; maps: their channels as maps at 4, 2, 1 and 1/2 times the token grid.
-    """
+    dims, maps: the layers' channels as tokens, and as maps at 4, 2, 1 and 1/2 times the token grid."""
 
     def __init__(self, dims, patch, maps=(96, 192, 384, 768), features=256, last=128):
         super().__init__()
@@ -709,10 +689,8 @@ class ResidualConv(nn.Module):
     def forward(self, x):
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))
 
-# ---- The two-view model's files --------------------------------------------------------------------------------------
-
-TWO_VIEW = {"dune": "https://download.europe.naverlabs.com/dune/dunemast3r_cvpr25_vitbase.pth",
-            "dune_small": "https://download.europe.naverlabs.com/dune/dunemast3r_cvpr25_vitsmall.pth",
+TWO_VIEW = {"dune": dune.PUBLISHED.format("dunemast3r_cvpr25_vitbase"),
+            "dune_small": dune.PUBLISHED.format("dunemast3r_cvpr25_vitsmall"),
             "mast3r": TEACHERS["mast3r"].url}
 
 def load_two_view(weights=None, device="cpu", encoder=None):
@@ -780,7 +758,7 @@ def check_options(file, path):
     """Oops if a DUNE-MASt3R file's constructor call, which is compared and never run, is not for what TwoView is."""
     text = dune.entry(file, "mast3r_model_str", str, path, "AsymmetricMASt3R()")
     call = re.fullmatch(r"\w+\((.*)\)", re.sub(r"\s", "", text).replace('"', "'"))
-    if not call:
+    if not call or len(text) > 9999:
         raise Oops(f"{path}: cannot read its mast3r_model_str, {text[:80]!r}")
     for key, value in re.findall(r"(\w+)=(\([^()]*\)|[^,]*)", call[1]):
         if value != TWO_VIEW_OPTIONS.get(key, value):
@@ -788,11 +766,10 @@ def check_options(file, path):
 
 def two_view_layout(model):
     """The file of a TwoView on a DUNE encoder as the published ones are laid out, with the encoder in it."""
-    state = {}
-    for key, value in model.state_dict().items():
-        plain = key.startswith(("encoder.", "norm."))
-        state[re.sub(r"^encoder\.", "dune_backbone.", key) if plain else f"mast3r.{key}"] = value
-    return {"model": state}
+    def published(key):
+        key = re.sub(r"^encoder\.", "dune_backbone.", key)
+        return key if key.startswith(("dune_backbone.", "norm.")) else f"mast3r.{key}"
+    return {"model": {published(key): value for key, value in model.state_dict().items()}}
 
 # ---- A photograph to people in 3D ------------------------------------------------------------------------------------
 
@@ -911,18 +888,16 @@ def load_people(path, device="cpu"):
 def main():
     """python teachers.py: the table."""
     dune.Parser(description="The teachers, their licences, and where their files are looked for.").parse_args()
-    line = "{:23} {:8} {:>4} {:>5}  {:9} {:8}  {:20}  {}".format
-    print(line("teacher", "knows", "M", "patch", "class", "images", "licence", "file"))
+    line = "{:23} {:8} {:>4} {:>5}  {:9} {:8}  {:20} {} {}".format
+    print(line("teacher", "knows", "M", "patch", "class", "images", "licence", "", "file (+: is here)"))
     for name, row in TEACHERS.items():
         teacher = load_teacher(name, "random", device="meta")
         millions = round(sum(p.numel() for p in teacher.parameters()) / 1e6)
         cls = "distilled" if teacher.has_cls else "unused" if teacher.gives_cls else "none"
         images = "ImageNet" if row.mean == IMAGENET_MEAN else "0.5"
-        place = f"ask: {row.url}"
-        if not row.gated:
-            path = dune.cached(row.url)
-            place = f"{'here' if os.path.exists(path) else 'missing'}: {path}"
-        print(line(name, row.domain, millions, teacher.patch_size, cls, images, row.license, place))
+        path = f"ask at {row.url}" if row.gated else dune.cached(row.url)
+        here = "+" if os.path.exists(path) else "-"
+        print(line(name, row.domain, millions, teacher.patch_size, cls, images, row.license, here, path))
 
 if __name__ == "__main__":
     dune.run(main)

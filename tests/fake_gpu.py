@@ -34,6 +34,9 @@ class Waits(RuntimeError):
 class FakeNumbers(FakeTensorMode):
     avoid_device_init = True  # torch.cuda.is_available() is the test's own, there is nothing to initialise
 
+    def __deepcopy__(self, memo):  # a copied tensor brings its mode along
+        return self
+
 class Host(TorchDispatchMode):
     """What the host may do: while `strict` nothing that waits for the device; else what it reads is ones and zeros."""
     strict = False
@@ -68,9 +71,12 @@ def made_up(x):
     return torch.full(x.shape, one, dtype=x.dtype)
 
 def invented(function, args, kwargs):
-    """The function's result for made-up numbers."""
+    """The function's result for made-up numbers; a single number that is read is 1."""
+    if function is torch.ops.aten._local_scalar_dense.default:
+        return 1.0 if args[0].dtype.is_floating_point else 1
+
     def back(x):
-        return x.to(device) if torch.is_tensor(x) else x
+        return torch.empty_like(x, device=device) if torch.is_tensor(x) else x
     device = next(x.device for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, FakeTensor))
     with _disable_current_modes():
         result = function(*pytree.tree_map(made_up, args), **pytree.tree_map(made_up, kwargs))
@@ -91,7 +97,14 @@ def apply(module, function, recurse=True):
 def gpu(monkeypatch):
     """A fake GPU as the only device; returns the Host. What follows is what faking alone breaks."""
     host = Host()
-    to_numpy, to_file, constant = torch.Tensor.numpy, torch.save, data.constant
+
+    def real(function):
+        """The function among real tensors: files and scenes are read and drawn on the CPU."""
+        def run(*args, **options):
+            with _disable_current_modes():
+                return function(*args, **options)
+        return run
+    to_numpy, to_file, to_tensor, constant = real(torch.Tensor.numpy), torch.save, torch.tensor, data.constant
     constant.cache_clear()
 
     def batches(groups, size, batch, *args, train=True, **options):
@@ -108,12 +121,14 @@ def gpu(monkeypatch):
     def numpy(x):
         assert x.device.type == "cpu", "numpy() of a tensor on the GPU"
         if not isinstance(x, FakeTensor):
-            with _disable_current_modes():
-                return to_numpy(x)
+            return to_numpy(x)
         return np.ones(x.shape, str(x.dtype).removeprefix("torch."))
     def save(content, file):
-        with _disable_current_modes():
-            to_file(pytree.tree_map(made_up, content), file)
+        to_file(pytree.tree_map(made_up, content), file)
+
+    def tensor(values, **options):
+        """torch.tensor reads tensors among the values past all modes."""
+        return to_tensor(pytree.tree_map(lambda x: x.item() if isinstance(x, FakeTensor) else x, values), **options)
 
     def remembered(*args):
         """data.constant waits, but once in a run."""
@@ -127,7 +142,11 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "_apply", apply)
     monkeypatch.setattr(data, "batches", batches)
     monkeypatch.setattr(data, "constant", remembered)
-    monkeypatch.setattr(torch, "save", save)
+    monkeypatch.setattr(torch, "tensor", tensor)
+    monkeypatch.setattr(torch, "save", real(save))
+    for module, name in ((dune, "read_checkpoint"), (dune, "model_from"), (dune, "load_strictly"),
+                         (data, "labelled_scenes"), (zoo, "room_pairs")):
+        monkeypatch.setattr(module, name, real(getattr(module, name)))
     monkeypatch.setattr(torch.Tensor, "numpy", numpy)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda x, **options: x)
@@ -244,3 +263,13 @@ def test_processes_on_gpus_talk_by_nccl_and_wait_for_each_other_as_hosts(gpu, mo
     monkeypatch.setattr(train.dist, "new_group", group)
     train.Processes("cuda")
     assert groups.keys() == {"nccl", "gloo"} and min(groups.values()) >= 3600
+
+# ---- Evaluation ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("command", ["study --seeds 1", "loss", "pca", "two-view --seeds 1 --steps 1"])
+def test_a_command_of_eval(command, gpu, tmp_path, monkeypatch):
+    train.main([*SMALL, "--steps", "1", "--teachers", "mast3r", "--out", str(tmp_path)])
+    monkeypatch.setattr(evaluation, "STUDY", dict(train=8, test=4, pairs=1))
+    for name, few in {"CHUNK": 4, "PROBE_STEPS": 2, "ROOM_PAIRS": 4, "UNSEEN_PAIRS": 1}.items():
+        monkeypatch.setattr(evaluation, name, few)
+    evaluation.main([*command.split(), "--run", str(tmp_path), "--weights=mast3r=random", "--device", "cuda"])

@@ -64,6 +64,7 @@ def option(old, new):
     (option("'catmlp+dpt'", "print('run')"), "head_type is print"),
     (option("('exp', 1, inf)", "('sigmoid', 1, inf)"), "conf_mode is .'sigmoid',1,inf."),
     (option("(", "\0" * 1000), "cannot read its mast3r_model_str"),
+    (option("(", "(" + "a" * 10**6), "cannot read its mast3r_model_str"),
     (lambda f: f.update(mast3r_model_str={"head_type": 1}), "'mast3r_model_str', or something else"),
 ])
 def test_another_architecture_is_one_line(change, message, files, tmp_path, capsys):
