@@ -464,8 +464,7 @@ def labelled_images(args, folders, read):
     def item(pair):
         target = read(*pair)
         return pair[0], target, windows(*target.shape[::-1], args.sliding, pair[0])
-    pairs = [find_pairs(folder, folders) for folder in (args.train, args.test)]
-    return [[image for [image] in read_ahead(item, [[pair] for pair in part])] for part in pairs]
+    return list(read_ahead(item, [find_pairs(folder, folders) for folder in (args.train, args.test)]))
 
 def dense(args, look, train, test, outputs, bins, loss_of):
     """The common part of seg and depth: trains a head on each reader's features of `train` and yields (reader's name,
@@ -742,19 +741,20 @@ def command_spectrum(args):
     look = subject(args)
     images = some_images(args, look)["image"]
     projectors = look.model.projectors if look.model else {}
-    groups = {t: [teacher_reader(t, x, look.patch)] for t, x in look.teachers.items()}
+    groups = {t: [teacher_reader(t, teacher, look.patch)] for t, teacher in look.teachers.items()}
     for t in groups.keys() & projectors.keys():
         groups[t] += student_readers(look.model, [t])
     if look.model:
         groups["the student's encoder"] = student_readers(look.model, ["encoder"])
     panels, curves, rows = {}, {}, {}
     for title, readers in tqdm(groups.items(), "spectrum", leave=False):
-        for name, reader in ((reader.name, reader) for reader in readers):
+        for reader in readers:
             x = explained(joined([reader(part) for part in images.split(16)])["patch"])
             needed = {f"{percent} % of variance": str(1 + int((x < percent / 100).sum())) for percent in (50, 90, 99)}
-            rows[name] = {**needed, "dimensions": str(len(x))}
-            curves[name] = x.tolist()
-            panels.setdefault(f"variance explained: {title}", {})[name] = itertools.count(1), curves[name]
+            rows[reader.name] = {**needed, "dimensions": str(len(x))}
+            curves[reader.name] = x.tolist()
+        lines = {reader.name: (itertools.count(1), curves[reader.name]) for reader in readers}
+        panels[f"variance explained: {title}"] = lines
     report(args, look, rows, draw_curves(output(args, ".png"), panels, width=380), curves=curves)
 
 def explained(features):
@@ -1360,7 +1360,7 @@ def teacher_reader(name, teacher, patch):
     """A teacher on the token grid of this patch size, whatever its own is."""
     def read(images):
         return teacher(images, (images.shape[-2] // patch, images.shape[-1] // patch))
-    return Reader(name, read, patch, [teacher.vit])
+    return Reader(name, read, patch, [teacher])
 
 def subject(args, every_teacher=True):
     """What a command looks at: .model (a student or None), .teachers {name: FrozenTeacher}, their .rows of TEACHERS,
@@ -1375,7 +1375,8 @@ def subject(args, every_teacher=True):
         size = model.encoder.grid * model.encoder.patch_size
         if isinstance(file.get("args"), dict):  # one of ours
             size = dune.entry(file["args"], "image_size", int, path, size)
-        weights = dict(dune.entry(file, "weights", dict, path, {}))
+        stored = dune.entry(file, "weights", dict, path, {})
+        weights = {t: dune.entry(stored, t, str, path) for t in stored}
     if any("=" not in item for item in args.weights):
         raise Oops("--weights: write TEACHER=FILE")
     weights.update(item.split("=", 1) for item in args.weights)
@@ -1696,8 +1697,12 @@ def table(rows, first="", spread=None):
 
 def mean_and_spread(values):
     """{row: [{column: value} of each seed]} -> {row: {column: mean}}, {row: {column: standard deviation}}."""
-    return [{name: {column: float(function([row[column] for row in rows])) for column in rows[0]}
-             for name, rows in values.items()} for function in (np.mean, np.std)]
+    mean, spread = {}, {}
+    for name, rows in values.items():
+        columns = {column: [row[column] for row in rows] for column in rows[0]}
+        mean[name] = {column: float(np.mean(numbers)) for column, numbers in columns.items()}
+        spread[name] = {column: float(np.std(numbers)) for column, numbers in columns.items()}
+    return mean, spread
 
 def write_json(args, content):
     """Write a command's result file; what is not a finite number is null. Returns the path."""
@@ -1718,7 +1723,7 @@ def read_array(path, dimensions=2):
         if dune.regular(path).endswith(".npy"):
             array = np.asarray(np.load(path))
         else:
-            with Image.open(path) as image:
+            with Image.open(path, formats=data.FORMATS) as image:
                 if image.width * image.height > data.MAX_PIXELS:
                     raise Oops(f"{image.width} x {image.height} pixels are too many")
                 array = np.asarray(image)
@@ -1826,7 +1831,7 @@ COMMANDS = {  # name: (function, its options, what it tells)
     "seg": (command_seg, {
         **COMMON, **PROBED, **STEPS, **SLIDING,
         "classes": option(0, "how many; 0: as many as --train shows", high=MOST_CLASSES),
-        "ignore": option([255], "labels that count for nothing (ADE20K: 0)", kind=int, nargs="+"),
+        "ignore": option([255], "labels that count for nothing (ADE20K: 0)", -1, kind=int, nargs="+"),
     }, "Images and index masks: a linear head on patch tokens; mIoU, IoU of each class, a picture."),
     "depth": (command_depth, {
         **COMMON, **PROBED, **STEPS, **SLIDING, "max_depth": option(10.0, "metres", 0.01, 1000),
