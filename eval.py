@@ -971,13 +971,10 @@ def two_view_study(args):
         for found, start, count in ((pairs, ROOM_SEEDS, ROOM_PAIRS), (unseen, data.TEST_SCENES, UNSEEN_PAIRS)):
             batch = zoo.room_pairs(start, count, look.size)
             found += [{key: x[i] for key, x in batch.items()} for i in range(count)]
-    encoders = {"student": look.model.encoder, **{f"teacher {t}": teacher.vit for t, teacher in look.teachers.items()},
-                "random encoder": random_encoder(look, args.seed)}
-    values = {name: [] for name in encoders}
-    picture, path = output(args, ".png"), output(args, ".pt")
-    for name, seed in itertools.product(encoders, range(args.seed, args.seed + args.seeds)):
-        trained = train_two_view(encoders[name], pairs, name, look.patch, args.steps, device=look.device, seed=seed)
-        values[name].append(judge_two_view(trained, unseen))
+    values, picture, path = {}, output(args, ".png"), output(args, ".pt")
+    for name, encoder, seed in frozen_encoders(args, look):
+        trained = train_two_view(encoder, pairs, name, look.patch, args.steps, device=look.device, seed=seed)
+        values.setdefault(name, []).append(judge_two_view(trained, unseen))
         if name == "student" and seed == args.seed:
             shown = unseen[0]["image"]
             two_view_picture(picture, shown, reconstruct(trained, *shown, stride=4))
@@ -988,6 +985,13 @@ def two_view_study(args):
           f"judged on {len(unseen)} pairs{'' if args.data else ' of rooms'} not seen")
     wrote = f"{picture}, {path} (the student with its decoder: eval.py two-view A B --weights {path})"
     report(args, look, mean, wrote, spread, values=values)
+
+def frozen_encoders(args, look):
+    """(name, encoder, seed) of the student, teachers and a random encoder, on which heads are to be compared."""
+    encoders = {"student": look.model.encoder, **{f"teacher {t}": teacher.vit for t, teacher in look.teachers.items()},
+                "random encoder": random_encoder(look, args.seed)}
+    for name, seed in itertools.product(encoders, range(args.seed, args.seed + args.seeds)):
+        yield name, encoders[name], seed
 
 class FolderPairs:
     """Pairs of neighbours by name in each sub-folder of `root`: NAME.jpg (.png, .webp) beside NAME.npz with depth, K
@@ -1182,28 +1186,25 @@ def people_study(args):
         raise Oops("eval.py people wants a photograph, or --run FOLDER to train a head on that run's student")
     args.teacher = args.teacher or ["multihmr"]
     look = subject(args)
-    encoders = {"student": look.model.encoder, **{f"teacher {t}": teacher.vit for t, teacher in look.teachers.items()},
-                "random encoder": random_encoder(look, args.seed)}
-    values, path = {name: [] for name in encoders}, output(args, ".pt")
-    for seed in range(args.seed, args.seed + args.seeds):
-        known, unseen = people_scenes(args, look, seed)
-        for name, encoder in encoders.items():
-            model = train_people(encoder, known, name, look, args, seed)
-            values[name].append(judge_people(model, unseen, args.pelvis))
-            if name == "student" and seed == args.seed:
-                with dune.writing(path) as file:
-                    torch.save(zoo.people_layout(model), file)
+    values, path = {}, output(args, ".pt")
+    known, unseen = people_scenes(args, look)
+    for name, encoder, seed in frozen_encoders(args, look):
+        model = train_people(encoder, known, name, look, args, seed)
+        values.setdefault(name, []).append(judge_people(model, unseen, args.pelvis))
+        if name == "student" and seed == args.seed:
+            with dune.writing(path) as file:
+                torch.save(zoo.people_layout(model), file)
     mean, spread = mean_and_spread(values)
     print(f"a people head on each frozen encoder, {len(known['image'])} images, {args.steps} steps, judged on "
           f"{len(unseen['image'])} not seen; 3D of those found")
     report(args, look, mean, f"{path} (eval.py people photo.jpg --weights {path})", spread, values=values)
 
-def people_scenes(args, look, seed):
+def people_scenes(args, look):
     """[to learn from, unseen], each {"image" uint8 [n, 3, S, S], "K" [n, 3, 3], "joints3d" [n, P, J, 3], "visible" bool
     [n, P]}: procedural people, or a folder's NAME.jpg beside NAME.npz, the last fifth of it (32 at most) unseen."""
     if not args.data:
         args.pelvis = data.JOINTS.index("pelvis") if args.pelvis is None else args.pelvis
-        parts = [data.labelled_scenes("people", start + 10**6 * seed, count, look.size)
+        parts = [data.labelled_scenes("people", start + 10**6 * args.seed, count, look.size)
                  for start, count in ((PEOPLE_SEEDS, PEOPLE), (data.TEST_SCENES + 3 * 10**8, UNSEEN_PEOPLE))]
     else:
         scenes = [labelled_people(*paths, look.size) for paths in itertools.chain(*with_labels(args.data[0]))]
@@ -1586,44 +1587,44 @@ def two_view_picture(path, images, result, lines=40):
 def study_picture(path, scenes, said, grid, side=168, count=3):
     """Write DUNE's Figure 1 in miniature: test images, the truth, and what linear probes say. Returns the path.
     scenes, said: see study_row()."""
-    def large(x):  # [N, ...] -> [side, side, C]
-        maps = x.float().reshape(*grid, -1).permute(2, 0, 1)[None]
+    def large(x):  # [N] or [N, C] -> [side, side, C]
+        maps = x.float().view(*grid, -1).permute(2, 0, 1)[None]
         return F.interpolate(maps, (side, side), mode="bilinear")[0].permute(1, 2, 0)
 
-    def on_device(x):
-        return {key: value.cpu() for key, value in x.items()}
+    def mask(picture, kind, patch):
+        at = large(patch).argmax(-1)[..., None].numpy()
+        look = np.where(at > 0, 0.3 * np.asarray(picture) + 0.7 * colours[at[..., 0] - 1], 0.4 * np.asarray(picture))
+        look = Image.fromarray(look.astype(np.uint8))
+        ImageDraw.Draw(look).text((6, side - 4), list(data.KINDS)[kind], "white", font_size=18, anchor="ls")
+        return look
+
+    def person(picture, joints):
+        look = picture.copy()
+        draw_skeleton(ImageDraw.Draw(look), side * joints, bones, "#d22")
+        return look
+    colours, joints = palette(len(data.KINDS)), len(data.JOINTS)
     bones = bones_of(data.labelled_scenes("people", 0, 60, 28)["joints3d"][:, 0])
-    names, colours = list(data.KINDS), torch.from_numpy(palette(len(data.KINDS)))
-    rows = [[] for _ in range(count)]
-    for domain in data.SCENES:
-        image, truth, out = scenes[domain][2].cpu(), on_device(scenes[domain][3]), on_device(said[domain])
-        chosen = torch.arange(count)
-        if domain == "people":  # those with one person, and all of it in the image
-            joints = truth["at"][0].bincount(minlength=len(image))
-            chosen = torch.where(joints <= len(data.JOINTS), joints, 0).topk(count).indices
-        for row, i in zip(rows, chosen.tolist()):
-            picture = Image.fromarray(image[i].permute(1, 2, 0).numpy()).resize((side, side))
-            row.append(picture)
-            if domain == "objects":
-                for kind, patch in ((truth["kind"][i], F.one_hot(truth["patch"][i], len(data.KINDS) + 1)),
-                                    (out["kind"][i].argmax(), out["patch"][i].softmax(-1))):
-                    mask = large(patch).argmax(-1)
-                    look = torch.from_numpy(np.asarray(picture)) * 0.4
-                    look[mask > 0] = 0.3 * look[mask > 0] + 0.7 * colours[mask[mask > 0] - 1]
-                    row.append(Image.fromarray(look.byte().numpy()))
-                    ImageDraw.Draw(row[-1]).text((6, side - 4), names[kind], "white", font_size=18, anchor="ls")
-            elif domain == "rooms":
-                depths, normals = ([large(x[key][i]) for x in (truth, out)] for key in ("depth", "normals"))
-                ends = depths[0].min().exp().item(), depths[0].max().exp().item()
-                row += [depth_colours(depth[..., 0].exp(), *ends) for depth in depths]
-                row += [(127.5 + 127.5 * x).clamp(0, 255).byte().numpy() for x in normals]
-            else:
-                mine, place = truth["at"][0] == i, torch.full((len(data.JOINTS), 2), math.nan)
-                place[truth["at"][2, mine]] = truth["truth"][mine]
-                best = out["near"][i].argmax(0)
-                for joints in (place, out["place"][i][best, torch.arange(len(best))]):
-                    row.append(picture.copy())
-                    draw_skeleton(ImageDraw.Draw(row[-1]), side * joints, bones, "#d22")
+    image = {domain: scenes[domain][2].cpu() for domain in said}
+    truth, out = ({domain: on("cpu", x) for domain, x in batch.items()}
+                  for batch in ({domain: scenes[domain][3] for domain in said}, said))
+    seen = truth["people"]["at"][0].bincount(minlength=len(image["people"]))  # joints in each image
+    alone = torch.where(seen <= joints, seen, 0).topk(count).indices.tolist()  # of people, show one, all in the image
+    rows = []
+    for i, k in enumerate(alone):
+        one, room, two = (Image.fromarray(image[domain][j].permute(1, 2, 0).numpy()).resize((side, side))
+                          for domain, j in (("objects", i), ("rooms", i), ("people", k)))
+        true, guess = ({domain: {key: v[i] for key, v in x[domain].items()} for domain in ("objects", "rooms")}
+                       for x in (truth, out))
+        patch = F.one_hot(true["objects"]["patch"], len(data.KINDS) + 1), guess["objects"]["patch"].softmax(-1)
+        ends = [end.exp().item() for end in true["rooms"]["depth"].aminmax()]
+        mine, place = truth["people"]["at"][0] == k, torch.full((joints, 2), math.nan)
+        place[truth["people"]["at"][2, mine]] = truth["people"]["truth"][mine]
+        best = out["people"]["near"][k].argmax(0)
+        kind = true["objects"]["kind"], guess["objects"]["kind"].argmax()
+        rows.append([one, *(mask(one, *says) for says in zip(kind, patch)), room,
+                     *(depth_colours(large(x["rooms"]["depth"])[..., 0].exp(), *ends) for x in (true, guess)),
+                     *((127.5 + 127.5 * large(x["rooms"]["normals"])).byte() for x in (true, guess)),
+                     two, person(two, place), person(two, out["people"]["place"][k, best, torch.arange(joints)])])
     columns = "object truth student room depth student normals student people truth student".split()
     data.contact_sheet([[np.asarray(picture) for picture in row] for row in rows], path, columns)
     return path
@@ -1632,30 +1633,24 @@ def people_picture(path, picture, people, K, bones, height=480):
     """Write a PNG: the photograph with skeletons, and people from above, lines a metre apart. Returns the path."""
     picture = picture.resize([max(1, round(side * height / picture.height)) for side in picture.size])
     sheet = Image.new("RGB", (picture.width + height, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    joints = [person["joints3d"].double() for person in people]
-    reach = math.ceil(max([3.0, *(max(x[:, 2].max(), 2 * x[:, 0].abs().max()) + 0.5 for x in joints)]))
-    metre, middle, foot = (height - 40) / reach, picture.width + height / 2, height - 25
-    for k in range(reach + 1):
-        y = foot - k * metre
+    photo, draw = ImageDraw.Draw(picture), ImageDraw.Draw(sheet)
+    ends = torch.cat([torch.tensor([[1.5, 0.0, 3.0]]), *(person["joints3d"] for person in people)]).abs().amax(0)
+    reach = math.ceil(max(2 * ends[0], ends[2])) + 1
+    metre, camera = (height - 30) / reach, torch.tensor([picture.width + height / 2, height - 20])
+    for k in range(reach):
+        y = camera[1].item() - k * metre
         draw.line((picture.width, y, sheet.width, y), "#ddd")
-        if k % math.ceil(reach / 12) == 0:
-            draw.text((picture.width + 6, y), f"{k} m", "#777", font_size=12, anchor="lb")
-        for x in {middle - k * metre, middle + k * metre}:
-            draw.line((x, 0, x, height), "#eee")
-    for side in (0, picture.width * K[0, 2] * 2 / picture.width):
-        slope = ((side - K[0, 2]) / K[0, 0]).item()
-        draw.line((middle, foot, middle + slope * reach * metre, foot - reach * metre), "#aaa")
-    draw.text((middle, foot + 4), "camera", "#777", font_size=12, anchor="mt")
-    for k, person in reversed(list(enumerate(people))):
+        draw.text((picture.width + 6, y), f"{k} m", "#777", font_size=12, anchor="lb")
+    for side in (-1, 1):  # what the camera sees
+        edge = camera + reach * metre * torch.tensor([side * K[0, 2] / K[0, 0], -1])
+        draw.line((*camera.tolist(), *edge.tolist()), "#aaa")
+    draw.text((camera + torch.tensor([0, 4])).tolist(), "camera", "#777", font_size=12, anchor="mt")
+    for k, person in reversed(list(enumerate(people))):  # the surest on top
         colour = COLOURS[k % len(COLOURS)]
-        above = torch.stack([middle + metre * joints[k][:, 0], foot - metre * joints[k][:, 2]], 1)
+        above = camera + metre * person["joints3d"][:, [0, 2]] * torch.tensor([1, -1])
         draw_skeleton(draw, above, bones, colour)
-        draw.text(above.mean(0).tolist(), f"{person['distance']:.1f} m", colour, font_size=15, anchor="lb",
-                  stroke_width=2, stroke_fill="white")
-    photo = ImageDraw.Draw(picture)
-    for k, person in reversed(list(enumerate(people))):
-        draw_skeleton(photo, person["joints2d"] * picture.height / (2 * K[1, 2]), bones, COLOURS[k % len(COLOURS)])
+        draw_skeleton(photo, person["joints2d"] * height / (2 * K[1, 2]), bones, colour)
+        draw.text(above.amax(0).tolist(), f"{person['distance']:.1f} m", colour, font_size=15)
     sheet.paste(picture)
     return save_picture(sheet, path)
 
