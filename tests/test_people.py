@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import data
@@ -172,7 +173,10 @@ def write_folder(path, count=6, joints=4, **changed):
 
 def test_a_folder_of_people_is_cut_with_its_camera(tmp_path):
     folder = write_folder(tmp_path / "real")
-    ev.main([*make_run(tmp_path), "--data", folder, "--head", "2", "--steps", "2", "--seeds", "2"])
+    run = make_run(tmp_path)
+    lone = write_folder(tmp_path / "lone", 3, joints=1)  # no bones
+    ev.main([*run, "--data", lone, "--steps", "1"])
+    ev.main([*run, "--data", folder, "--head", "2", "--steps", "2", "--seeds", "2"])
     result = json.loads((tmp_path / "people.json").read_text())
     assert list(result["results"]) == ["student", "teacher multihmr", "random encoder"]
     assert len(result["values"]["student"]) == 2 and zoo.load_people("people.pt").head == 2
@@ -181,6 +185,29 @@ def test_a_folder_of_people_is_cut_with_its_camera(tmp_path):
     there = zoo.project(drawn["joints3d"][0], drawn["K"][0])[:len(scene["joints3d"]), 0]
     place = zoo.project(scene["joints3d"], scene["K"])[:, 2]  # 140 px from the 25th of 190 on, then 112 of them
     assert torch.allclose(place, (there + torch.tensor([20 - 25.0, 0.0])) * 0.8, atol=1e-2)
+
+def test_figure_1_shows_a_perfect_student_as_the_truth():
+    scenes, said = {}, {}
+    for domain in data.SCENES:
+        drawn = data.labelled_scenes(domain, 5, 12, 112)
+        truth = zoo.Probe(domain, 1, (8, 8)).targets(drawn)
+        scenes[domain], said[domain] = (None, None, drawn["image"], truth), truth
+    kinds = {key: F.one_hot(said["objects"][key], len(data.KINDS) + 1) * 99.0 for key in ("kind", "patch")}
+    at, near, place = said["people"]["at"], torch.zeros(12, 64, 15), torch.zeros(12, 64, 15, 2)
+    near[tuple(at)], place[tuple(at)] = 1, said["people"]["truth"]
+    said.update(objects=kinds, people={"near": near, "place": place})
+
+    def cells(path):
+        sheet = np.asarray(Image.open(path)).astype(int)
+        rows = sheet[-3 * 174:].reshape(3, 174, -1, 3)[:, :168]
+        return [rows[:, :, 6 + 174 * c:174 * (c + 1)] for c in range(11)]
+    right = cells(ev.study_picture("right.png", scenes, said, (8, 8)))
+    for domain, change in (("objects", "patch"), ("rooms", "depth"), ("rooms", "normals"), ("people", "near")):
+        said[domain] = {**said[domain], change: said[domain][change].flip(1)}
+    wrong = cells(ev.study_picture("wrong.png", scenes, said, (8, 8)))
+    for truth, student in ((1, 2), (4, 5), (6, 7), (9, 10)):
+        assert np.abs(right[truth] - right[student]).max() <= 1 and np.ptp(right[truth]) > 50
+        assert np.abs(wrong[truth] - right[truth]).max() == 0 and np.abs(wrong[student] - right[truth]).mean() > 2
 
 # ---- Photographs, mistakes -------------------------------------------------------------------------------------------
 
