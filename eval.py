@@ -4,6 +4,7 @@
     python eval.py ablate                    # the tiny student again, over projector x sharing x dropping
     python eval.py pca --run out/tiny        # also loss, spectrum, alignment: what distillation did
     python eval.py two-view a.jpg b.jpg      # two photographs to 3D: point cloud, pose, matches
+    python eval.py people photo.jpg          # one photograph to people in 3D: joints in metres
     python eval.py knn --train in1k/train --test in1k/val --run out/dune     # also linear, seg, depth, match
 
 A command looks at the student's encoder, at the student through projectors (--through dinov2) and at bare teachers
@@ -12,6 +13,7 @@ once and kept in the cache folder. A new command is a function and an entry in C
 """
 
 import argparse
+import functools
 import hashlib
 import itertools
 import json
@@ -112,11 +114,14 @@ def command_study(args):
         blank = random_encoder(look, args.seed)
         readers.insert(0, Reader("random encoder", blank, look.patch, [blank]))
         readers += student_readers(look.model, ["encoder", *look.model.projectors])
-    values = {reader.name: [] for reader in readers}
+    values, pictures = {reader.name: [] for reader in readers}, []
     for seed in range(args.seed, args.seed + args.seeds):
         scenes = study_scenes(seed, look, **STUDY)
         for reader in tqdm(readers, f"study, seed {seed}", leave=False):
-            values[reader.name].append(study_row(reader, scenes, look.grid, seed))
+            said = {}
+            values[reader.name].append(study_row(reader, scenes, look.grid, seed, said=said))
+            if reader.name == "encoder" and seed == args.seed:
+                pictures.append(study_picture(output(args, ".png"), scenes, said, look.grid))
     mean, spread = mean_and_spread(values)
     parameters = {r.name: sum(p.numel() for module in r.modules for p in module.parameters()) for r in readers}
     print(f"linear probes on frozen features, mean ± spread of {args.seeds} seeds, in %; "
@@ -127,7 +132,8 @@ def command_study(args):
         print("\nbeside the teacher whose job it is (1: equal, more is better)")
         table(ratios)
     content = {"seeds": args.seeds, "image_size": look.size, "parameters": parameters, "values": values}
-    print(f"wrote {write_json(args, {**content, 'mean': mean, 'spread': spread, 'ratios': ratios})}")
+    path = write_json(args, {**content, "mean": mean, "spread": spread, "ratios": ratios})
+    print("wrote", ", ".join([path, *pictures]))
 
 def owner(column, teachers):
     """The teacher whose job a column is, or None."""
@@ -175,8 +181,9 @@ def chunks(values):
     """{name: [n, ...]} in parts of CHUNK."""
     return [dict(zip(values, part)) for part in zip(*(x.split(CHUNK) for x in values.values()))]
 
-def study_row(reader, scenes, grid, seed, steps=None):
-    """{column: value}: probes of one frozen encoder on all domains, each trained for `steps`."""
+def study_row(reader, scenes, grid, seed, steps=None, said=None):
+    """{column: value}: probes of one frozen encoder on all domains, each trained for `steps`. said: a dictionary that
+    takes what each domain's probe says of the test images."""
     row, steps = {}, steps or PROBE_STEPS
     for domain in data.SCENES:
         train, targets, test, truth = scenes[domain]
@@ -191,7 +198,10 @@ def study_row(reader, scenes, grid, seed, steps=None):
         torch.manual_seed(seed)
         probe = trained_probe(zoo.Probe(domain, x["patch"].shape[-1], grid), x, targets, steps)
         with torch.no_grad():
-            row.update(probe.metrics(probe(y, truth), truth))
+            out = probe(y, truth)
+        row.update(probe.metrics(out, truth))
+        if said is not None:
+            said[domain] = out
         if domain == "rooms":
             views = x["patch"].unflatten(0, (-1, 2))
             describes = with_descriptor(reader, views, *scenes["own"], *scale["patch"], steps)
@@ -961,13 +971,10 @@ def two_view_study(args):
         for found, start, count in ((pairs, ROOM_SEEDS, ROOM_PAIRS), (unseen, data.TEST_SCENES, UNSEEN_PAIRS)):
             batch = zoo.room_pairs(start, count, look.size)
             found += [{key: x[i] for key, x in batch.items()} for i in range(count)]
-    encoders = {"student": look.model.encoder, **{f"teacher {t}": teacher.vit for t, teacher in look.teachers.items()},
-                "random encoder": random_encoder(look, args.seed)}
-    values = {name: [] for name in encoders}
-    picture, path = output(args, ".png"), output(args, ".pt")
-    for name, seed in itertools.product(encoders, range(args.seed, args.seed + args.seeds)):
-        trained = train_two_view(encoders[name], pairs, name, look.patch, args.steps, device=look.device, seed=seed)
-        values[name].append(judge_two_view(trained, unseen))
+    values, picture, path = {}, output(args, ".png"), output(args, ".pt")
+    for name, encoder, seed in frozen_encoders(args, look):
+        trained = train_two_view(encoder, pairs, name, look.patch, args.steps, device=look.device, seed=seed)
+        values.setdefault(name, []).append(judge_two_view(trained, unseen))
         if name == "student" and seed == args.seed:
             shown = unseen[0]["image"]
             two_view_picture(picture, shown, reconstruct(trained, *shown, stride=4))
@@ -979,15 +986,20 @@ def two_view_study(args):
     wrote = f"{picture}, {path} (the student with its decoder: eval.py two-view A B --weights {path})"
     report(args, look, mean, wrote, spread, values=values)
 
+def frozen_encoders(args, look):
+    """(name, encoder, seed) of the student, teachers and a random encoder, on which heads are to be compared."""
+    encoders = {"student": look.model.encoder, **{f"teacher {t}": teacher.vit for t, teacher in look.teachers.items()},
+                "random encoder": random_encoder(look, args.seed)}
+    for name, seed in itertools.product(encoders, range(args.seed, args.seed + args.seeds)):
+        yield name, encoders[name], seed
+
 class FolderPairs:
     """Pairs of neighbours by name in each sub-folder of `root`: NAME.jpg (.png, .webp) beside NAME.npz with depth, K
     and pose, cut to their centre squares."""
 
     def __init__(self, root, size):
-        self.size, self.pairs = size, []
-        for folder, _, names in sorted(os.walk(root)):
-            images = [f for f in listing(folder, data.SUFFIXES) if os.path.splitext(f)[0] + ".npz" in names]
-            self.pairs += itertools.pairwise(os.path.join(folder, f) for f in images)
+        self.size = size
+        self.pairs = [pair for paths in with_labels(root) for pair in itertools.pairwise(paths)]
         if len(self.pairs) < 2:
             raise Oops(f"{root} holds fewer than two pairs: neighbours by name in each sub-folder, NAME.jpg beside "
                        "NAME.npz (depth, K, pose)")
@@ -996,27 +1008,44 @@ class FolderPairs:
         return len(self.pairs)
 
     def __getitem__(self, i):
-        one, two = (self.view(path) for path in self.pairs[i])
+        one, two = (self.view(*paths) for paths in self.pairs[i])
         return {key: torch.stack([one[key], two[key]]) for key in one}
 
-    def view(self, path):
-        image, camera = data.load_image(path), os.path.splitext(path)[0] + ".npz"
-        try:
-            with np.load(dune.regular(camera)) as file:
-                depth, K, pose = (torch.from_numpy(file[k].astype(np.float32)) for k in ("depth", "K", "pose"))
-        except Exception as error:  # numpy's errors for foreign files are of many types
-            raise Oops(f"cannot read {camera}: {data.reason(error)}") from None
-        if depth.shape != (image.height, image.width) or K.shape != (3, 3) or pose.shape != (4, 4):
-            raise Oops(f"{camera}: expected depth {[image.height, image.width]} as the image, K [3, 3] and pose [4, 4]")
-        if not all(x.isfinite().all() and x.det().abs() > 1e-6 for x in (K, pose)):
-            raise Oops(f"{camera}: K and pose must be finite and have an inverse; leave out frames without a camera")
-        x0, y0, x1, y1 = box = data.centre(*image.size)
+    def view(self, image, labels):
+        view, (width, height), (x0, y0, x1, y1) = labelled_square(image, labels, self.size, ("depth", "K", "pose"))
+        depth = view["depth"]
+        if depth.shape != (height, width):
+            raise Oops(f"{labels}: expected depth {[height, width]} as the image")
         depth = torch.where((depth > 0) & (depth < 1e4), depth, 0)[y0:y1, x0:x1]
         if not depth.any():
-            raise Oops(f"{camera}: no depth between 0 and 10,000 m in the centre square")
-        size, scale = (self.size, self.size), self.size / (x1 - x0)
-        K = torch.tensor([[scale, 0, -x0 * scale], [0, scale, -y0 * scale], [0, 0, 1]]) @ K
-        return {"image": data.crop_resize(image, box, *size), "depth": nearest_size(depth, size), "K": K, "pose": pose}
+            raise Oops(f"{labels}: no depth between 0 and 10,000 m in the centre square")
+        return {**view, "depth": nearest_size(depth, (self.size, self.size))}
+
+def with_labels(root):
+    """[[(NAME.jpg (.png, .webp), the NAME.npz beside it)] of each folder in `root`, itself too], as paths."""
+    return [[(os.path.join(folder, name), os.path.join(folder, labels)) for name in listing(folder, data.SUFFIXES)
+             if (labels := os.path.splitext(name)[0] + ".npz") in names] for folder, _, names in sorted(os.walk(root))]
+
+def labelled_square(image, labels, size, keys, more=()):
+    """An image's centre square and its labels: ({"image": uint8 [3, size, size], "K" [3, 3] in its pixels, the other
+    keys and those of `more` that there are, as they are}, (width, height) of the whole image, the square in it)."""
+    picture = data.load_image(image)
+    try:
+        with np.load(dune.regular(labels)) as file:
+            keys = [*keys, *(key for key in more if key in file)]
+            found = {key: torch.from_numpy(file[key].astype(np.float32)) for key in keys}
+    except Exception as error:  # numpy's errors for foreign files are of many types
+        raise Oops(f"cannot read {labels}: {data.reason(error)}") from None
+    cameras = {key: side for key, side in (("K", 3), ("pose", 4)) if key in found}
+    if any(found[key].shape != (side, side) for key, side in cameras.items()):
+        raise Oops(f"{labels}: expected K [3, 3] (and pose [4, 4])")
+    if not all(found[key].isfinite().all() and found[key].det().abs() > 1e-6 for key in cameras):
+        raise Oops(f"{labels}: {' and '.join(cameras)} must be finite and have an inverse; leave out frames without a "
+                   "camera")
+    x0, y0, x1, y1 = box = data.centre(*picture.size)
+    scale = size / (x1 - x0)
+    found["K"] = torch.tensor([[scale, 0, -x0 * scale], [0, scale, -y0 * scale], [0, 0, 1]]) @ found["K"]
+    return {**found, "image": data.crop_resize(picture, box, size, size)}, picture.size, box
 
 def train_two_view(encoder, pairs, name, patch, steps, batch=8, device="cpu", seed=0):
     """A zoo.TwoView on a frozen encoder whose decoder has learned from `pairs` (a sequence), its patches those of an
@@ -1058,11 +1087,15 @@ def begin_two_view(model, images, patch):
         weight = local.weight.view(-1, model.patch**2, local.in_features)
         weight.copy_(weight[:, :1].clone())  # a patch's pixels begin with one descriptor: places come before details
         nn.init.zeros_(local.bias)
-    # As for every probe here features have mean 0 and variance 1, whichever encoder they are from.
     images = images.to(model.norm.weight.device) / 127.5 - 1
-    std, mean = torch.std_mean(model.encode(images, (images.shape[-1] // patch,) * 2).float(), (0, 1))
-    model.norm.weight.copy_(1 / (std + 1e-6))
-    model.norm.bias.copy_(-mean / (std + 1e-6))
+    standardise(model.norm, model.encode(images, (images.shape[-1] // patch,) * 2).float())
+
+@torch.no_grad()
+def standardise(norm, features):
+    """Lets a LayerNorm give features [n, N, D], its outputs so far, mean 0 and variance 1, as for every probe here."""
+    std, mean = torch.std_mean(features, (0, 1))
+    norm.weight.copy_(1 / (std + 1e-6))
+    norm.bias.copy_(-mean / (std + 1e-6))
 
 def two_view_loss(views, geometry, matching=0.075, samples=512):
     """MASt3R's training loss: point regression weighted by confidence, metric, and `matching` times InfoNCE over true
@@ -1106,6 +1139,183 @@ def judge_two_view(model, pairs):
     rows = torch.tensor(rows)
     names = "points m", "depth RMSE m", "matches %", "rotation °", "translation cm"
     return dict(zip(names, [*rows[:, :3].nanmean(0).tolist(), *rows[:, 3:].median(0).values.tolist()]))
+
+# ---- People in one photograph: a head on a frozen encoder, see zoo.People --------------------------------------------
+
+PEOPLE_SEEDS, PEOPLE, UNSEEN_PEOPLE = 6 * 10**8, 3000, 500
+
+def command_people(args):
+    if not args.images:
+        return people_study(args)
+    if len(args.images) > 1:
+        raise Oops(f"people takes one image, not {len(args.images)}: eval.py people photo.jpg (or --run FOLDER)")
+    photo = args.images[0]
+    picture, fov = data.load_image(photo), args.fov or exif_fov(photo) or 60
+    path = args.weights[-1] if args.weights else f"{args.run or '.'}/people.pt"
+    if not args.weights and not os.path.exists(path):
+        raise Oops(f"no {path} yet: eval.py people --run FOLDER trains it; or pass --weights FILE")
+    model = zoo.load_people(path, args.device)
+    image = data.fit_image(picture, args.image_size or model.size, model.patch)
+    (width, height), focal = picture.size, max(picture.size) / 2 / math.tan(math.radians(fov) / 2)
+    K = torch.tensor([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
+    shrink = torch.tensor([[image.shape[2] / width], [image.shape[1] / height], [1]])
+    images, cameras = data.normalise(image[None].to(args.device)), (shrink * K)[None].to(args.device)
+    people = [{key: value.cpu() for key, value in person.items()} for person in model(images, cameras)[0]]
+    print(f"{len(people) or 'no'} people; the view is {fov:.1f} degrees wide (the longer side)")
+    for person in people:  # in the photograph's pixels
+        person["joints2d"] = zoo.project(person["joints3d"], K)
+        person["head"] = person["joints2d"][model.head]
+        print(f"  {person['distance']:.2f} m away, score {person['score']:.2f}")
+    args.out = args.out or f"{args.run or '.'}/people-{os.path.splitext(os.path.basename(photo))[0]}"
+    drawn = people_picture(output(args, ".png"), picture, people, K, model.bones.tolist())
+    content = [{key: value.tolist() for key, value in person.items()} for person in people]
+    print(f"wrote {drawn}, {write_json(args, {'fov': fov, 'K': K.tolist(), 'people': content})}")
+
+def exif_fov(path):
+    """Degrees across the longer side, from the EXIF focal length (of 35 mm film); 0 if there is none."""
+    try:
+        with Image.open(path) as image:
+            focal = float(image.getexif().get_ifd(0x8769)[0xA405])
+        return math.degrees(2 * math.atan(18 / focal)) if 0.2 < focal < 2000 else 0
+    except Exception:  # none, or broken in a whole picture
+        return 0
+
+def people_study(args):
+    """A people head on the frozen student, on a teacher and on a random encoder."""
+    if not (args.run or args.checkpoint):
+        raise Oops("eval.py people wants a photograph, or --run FOLDER to train a head on that run's student")
+    args.teacher = args.teacher or ["multihmr"]
+    look = subject(args)
+    values, path = {}, output(args, ".pt")
+    known, unseen = people_scenes(args, look)
+    for name, encoder, seed in frozen_encoders(args, look):
+        model = train_people(encoder, known, name, look, args, seed)
+        values.setdefault(name, []).append(judge_people(model, unseen, args.pelvis))
+        if name == "student" and seed == args.seed:
+            with dune.writing(path) as file:
+                torch.save(zoo.people_layout(model), file)
+    mean, spread = mean_and_spread(values)
+    print(f"a people head on each frozen encoder, {len(known['image'])} images, {args.steps} steps, judged on "
+          f"{len(unseen['image'])} not seen; 3D of those found")
+    report(args, look, mean, f"{path} (eval.py people photo.jpg --weights {path})", spread, values=values)
+
+def people_scenes(args, look):
+    """[to learn from, unseen], each {"image" uint8 [n, 3, S, S], "K" [n, 3, 3], "joints3d" [n, P, J, 3], "visible" bool
+    [n, P]}: procedural people, or a folder's NAME.jpg beside NAME.npz, the last fifth of it (32 at most) unseen."""
+    if not args.data:
+        args.pelvis = data.JOINTS.index("pelvis") if args.pelvis is None else args.pelvis
+        parts = [data.labelled_scenes("people", start + 10**6 * args.seed, count, look.size)
+                 for start, count in ((PEOPLE_SEEDS, PEOPLE), (data.TEST_SCENES + 3 * 10**8, UNSEEN_PEOPLE))]
+    else:
+        scenes = [labelled_people(*paths, look.size) for paths in itertools.chain(*with_labels(args.data[0]))]
+        if len(scenes) < 2 or len({scene["joints3d"].shape[1] for scene in scenes}) > 1:
+            raise Oops(f"{args.data[0]} holds fewer than two pairs (NAME.jpg beside NAME.npz with joints3d, K and "
+                       "perhaps visible), or people with different numbers of joints")
+        held = min(32, len(scenes) // 5 + 1)
+        pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)  # of as many people
+        parts = [{key: pad([scene[key] for scene in part]) for key in part[0]}
+                 for part in (scenes[:-held], scenes[-held:])]
+    for part in parts:
+        if max(args.head, args.pelvis or 0) >= part["joints3d"].shape[2]:
+            raise Oops(f"people have {part['joints3d'].shape[2]} joints here, counted from 0: --head, --pelvis")
+        heads = part["joints3d"][:, :, args.head]
+        place = zoo.project(heads, part["K"])
+        part["visible"] = part["visible"] & (heads[..., 2] > 0.1) & ((place >= 0) & (place < look.size)).all(-1)
+        if not part["visible"].any():
+            raise Oops("no head is visible in the centre squares: are joints3d in the camera's frame, in metres?")
+    return parts
+
+def labelled_people(image, labels, size):
+    """One image of a folder, as in people_scenes()."""
+    scene, *_ = labelled_square(image, labels, size, ("joints3d", "K"), ("visible",))
+    joints = scene["joints3d"]
+    visible = scene.setdefault("visible", torch.ones(len(joints))) > 0
+    if joints.ndim != 3 or joints.shape[2] != 3 or visible.shape != joints.shape[:1] or not joints.isfinite().all():
+        raise Oops(f"{labels}: expected joints3d [P, J, 3], finite, and visible [P], if at all")
+    return {**scene, "visible": visible}
+
+def train_people(encoder, scenes, name, look, args, seed, batch=32):
+    """A zoo.People on a frozen encoder, whose tokens are computed once."""
+    torch.manual_seed(seed)
+    model = zoo.People(encoder, scenes["joints3d"].shape[2], args.head, look.size, look.patch).to(look.device)
+    model.bones.copy_(torch.tensor(bones_of(scenes["joints3d"][scenes["visible"]])).reshape(-1, 2))
+    parts = (data.normalise(part.to(look.device)) for part in scenes["image"].split(50))
+    tokens = torch.cat([model.tokens(part).half() for part in parts])
+    standardise(model.norm, model.norm(tokens[::8].float()))
+    order = torch.cat([torch.randperm(len(tokens)) for _ in range(1 + args.steps * batch // len(tokens))])
+
+    def loss(step):
+        rows = order[step * batch:(step + 1) * batch]
+        labels = [scenes[key][rows].to(look.device) for key in ("K", "joints3d", "visible")]
+        with torch.autocast(look.device.type, torch.bfloat16, enabled=dune.fast_bf16(look.device)):
+            return people_loss(model, tokens[rows.to(look.device)].float(), look.grid, *labels)
+    groups = [{"params": [p for part in (model.norm, model.embed, model.blocks, model.last, model.out)
+                          for p in part.parameters()]},
+              {"params": list(model.score.parameters()), "lr": 3e-2}]  # linear: as fast as a probe
+    zoo.fit(groups, loss, args.steps, 3e-3, weight_decay=0.05, clip=1.0, what=f"people head on the {name}")
+    return model.eval()
+
+def people_loss(model, tokens, grid, K, joints, visible):
+    """Cross-entropy of which patches hold heads; L1 of heads (patches), log distance, joints (metres, image sides)."""
+    image, person = visible.nonzero(as_tuple=True)
+    K_of, true, head = K[image], joints[image, person], model.head
+    seen = zoo.project(true, K_of)
+    col, row = (seen[:, head] / model.patch).long().unbind(-1)
+    patch = row * grid[1] + col
+    tokens, scores = model.read(tokens, K, grid)
+    guess = model.decode(model.query(tokens, image, patch), patch, K_of, grid[1])
+    holds = torch.zeros_like(scores)
+    holds[image, patch] = 1
+    pairs = [(1 / model.patch, guess["head"], seen[:, head]), (1, guess["distance"].log(), true[:, head, 2].log()),
+             (10, guess["joints3d"] - guess["joints3d"][:, head, None], true - true[:, head, None]),
+             (10 / model.size, guess["joints2d"].clamp(-model.size, 2 * model.size), seen)]
+    apart = sum(weight * (a - b).abs().sum() / max(1, a.numel()) for weight, a, b in pairs)
+    return apart + F.binary_cross_entropy_with_logits(scores, holds, reduction="sum") / len(scores)
+
+def bones_of(joints):
+    """Pairs of joints to connect in pictures: the tree of those whose distance varies least in people [n, J, 3]."""
+    varies = torch.cdist(joints[:1000], joints[:1000]).std(0, correction=0)
+    bones, reached = [], [0]
+    while len(reached) < len(varies):
+        left = varies[reached].index_fill(1, torch.tensor(reached), math.inf)
+        a, b = divmod(left.argmin().item(), len(varies))
+        bones.append((reached[a], b))
+        reached.append(b)
+    return bones
+
+def judge_people(model, scenes, pelvis=None):
+    """{metric: value} on scenes as of people_scenes(). Who is surest is matched first, with the nearest head that is
+    left, if within 5 % of the side; 3D errors are of those found, aligned at the pelvis (None: the mean of the joints)
+    or, PA, also by rotation and scale."""
+    device, near, errors, guesses = model.norm.weight.device, [], [], 0
+    for image, K, joints, visible in zip(*(scenes[key] for key in ("image", "K", "joints3d", "visible"))):
+        found = model(data.normalise(image[None].to(device)), K[None].to(device))[0]
+        guesses += len(found)
+        seen, free = zoo.project(joints, K), visible.nonzero()[:, 0].tolist()
+        for person in ({key: value.cpu() for key, value in person.items()} for person in found):
+            gap = (seen - person["joints2d"]).norm(dim=-1) / model.size
+            best = min(free, key=lambda k: gap[k, model.head], default=None)
+            if best is None or gap[best, model.head] > 0.05:
+                continue
+            free.remove(best)
+            near.append(gap[best] <= 0.05)
+            a, b = (x - (x.mean(0) if pelvis is None else x[pelvis]) for x in (person["joints3d"], joints[best]))
+            ahead = joints[best, model.head, 2]
+            errors.append([100 * (a - b).norm(dim=-1).mean(), 100 * aligned_error(a, b),
+                           100 * (person["distance"] - ahead).abs() / ahead])
+    there, hits = int(scenes["visible"].sum()), len(errors)
+    errors = torch.tensor(errors or [[math.nan] * 3])
+    counts = {"precision": hits / max(1, guesses), "recall": hits / there, "F1": 2 * hits / (guesses + there),
+              "joints 2D": torch.stack(near).sum().item() / there / joints.shape[1] if near else 0.0}
+    return {**{key: 100 * value for key, value in counts.items()}, "joints 3D": errors[:, 0].mean().item(),
+            "joints PA": errors[:, 1].mean().item(), "distance": errors[:, 2].median().item()}
+
+def aligned_error(a, b):
+    """Mean distance of points a from b [n, 3] once a is turned, scaled and moved as near as can be (Procrustes)."""
+    rotation, _ = rigid_fit(a, b)
+    a, b = (a - a.mean(0)) @ rotation.mT, b - b.mean(0)
+    scale = (a * b).sum() / a.square().sum().clamp(min=1e-12)
+    return (scale * a - b).norm(dim=-1).mean()
 
 # ---- What is looked at -----------------------------------------------------------------------------------------------
 
@@ -1374,6 +1584,86 @@ def two_view_picture(path, images, result, lines=40):
     larger = [[picture.repeat(scale, 0).repeat(scale, 1) for picture in row] for row in rows]
     return draw_matches(path, larger, *places, torch.full((len(pairs),), math.nan))
 
+def study_picture(path, scenes, said, grid, side=168, count=3):
+    """Write DUNE's Figure 1 in miniature: test images, the truth, and what linear probes say. Returns the path.
+    scenes, said: see study_row()."""
+    def large(x):  # [N] or [N, C] -> [side, side, C]
+        maps = x.float().view(*grid, -1).permute(2, 0, 1)[None]
+        return F.interpolate(maps, (side, side), mode="bilinear")[0].permute(1, 2, 0)
+
+    def mask(picture, kind, patch):
+        at = large(patch).argmax(-1)[..., None].numpy()
+        look = np.where(at > 0, 0.3 * np.asarray(picture) + 0.7 * colours[at[..., 0] - 1], 0.4 * np.asarray(picture))
+        look = Image.fromarray(look.astype(np.uint8))
+        ImageDraw.Draw(look).text((6, side - 4), list(data.KINDS)[kind], "white", font_size=18, anchor="ls")
+        return look
+
+    def person(picture, joints):
+        look = picture.copy()
+        draw_skeleton(ImageDraw.Draw(look), side * joints, bones, "#d22")
+        return look
+    colours, joints = palette(len(data.KINDS)), len(data.JOINTS)
+    bones = bones_of(data.labelled_scenes("people", 0, 60, 28)["joints3d"][:, 0])
+    image = {domain: scenes[domain][2].cpu() for domain in said}
+    truth, out = ({domain: on("cpu", x) for domain, x in batch.items()}
+                  for batch in ({domain: scenes[domain][3] for domain in said}, said))
+    seen = truth["people"]["at"][0].bincount(minlength=len(image["people"]))  # joints in each image
+    alone = torch.where(seen <= joints, seen, 0).topk(count).indices.tolist()  # of people, show one, all in the image
+    rows = []
+    for i, k in enumerate(alone):
+        one, room, two = (Image.fromarray(image[domain][j].permute(1, 2, 0).numpy()).resize((side, side))
+                          for domain, j in (("objects", i), ("rooms", i), ("people", k)))
+        true, guess = ({domain: {key: v[i] for key, v in x[domain].items()} for domain in ("objects", "rooms")}
+                       for x in (truth, out))
+        patch = F.one_hot(true["objects"]["patch"], len(data.KINDS) + 1), guess["objects"]["patch"].softmax(-1)
+        ends = [end.exp().item() for end in true["rooms"]["depth"].aminmax()]
+        mine, place = truth["people"]["at"][0] == k, torch.full((joints, 2), math.nan)
+        place[truth["people"]["at"][2, mine]] = truth["people"]["truth"][mine]
+        best = out["people"]["near"][k].argmax(0)
+        kind = true["objects"]["kind"], guess["objects"]["kind"].argmax()
+        rows.append([one, *(mask(one, *says) for says in zip(kind, patch)), room,
+                     *(depth_colours(large(x["rooms"]["depth"])[..., 0].exp(), *ends) for x in (true, guess)),
+                     *((127.5 + 127.5 * large(x["rooms"]["normals"])).byte() for x in (true, guess)),
+                     two, person(two, place), person(two, out["people"]["place"][k, best, torch.arange(joints)])])
+    columns = "object truth student room depth student normals student people truth student".split()
+    data.contact_sheet([[np.asarray(picture) for picture in row] for row in rows], path, columns)
+    return path
+
+def people_picture(path, picture, people, K, bones, height=480):
+    """Write a PNG: the photograph with skeletons, and people from above, lines a metre apart. Returns the path."""
+    picture = picture.resize([max(1, round(side * height / picture.height)) for side in picture.size])
+    sheet = Image.new("RGB", (picture.width + height, height), "white")
+    photo, draw = ImageDraw.Draw(picture), ImageDraw.Draw(sheet)
+    ends = torch.cat([torch.tensor([[1.5, 0.0, 3.0]]), *(person["joints3d"] for person in people)]).abs().amax(0)
+    reach = math.ceil(max(2 * ends[0], ends[2])) + 1
+    metre, camera = (height - 30) / reach, torch.tensor([picture.width + height / 2, height - 20])
+    for k in range(reach):
+        y = camera[1].item() - k * metre
+        draw.line((picture.width, y, sheet.width, y), "#ddd")
+        draw.text((picture.width + 6, y), f"{k} m", "#777", font_size=12, anchor="lb")
+    for side in (-1, 1):  # what the camera sees
+        edge = camera + reach * metre * torch.tensor([side * K[0, 2] / K[0, 0], -1])
+        draw.line((*camera.tolist(), *edge.tolist()), "#aaa")
+    draw.text((camera + torch.tensor([0, 4])).tolist(), "camera", "#777", font_size=12, anchor="mt")
+    for k, person in reversed(list(enumerate(people))):  # the surest on top
+        colour = COLOURS[k % len(COLOURS)]
+        above = camera + metre * person["joints3d"][:, [0, 2]] * torch.tensor([1, -1])
+        draw_skeleton(draw, above, bones, colour)
+        draw_skeleton(photo, person["joints2d"] * height / (2 * K[1, 2]), bones, colour)
+        draw.text(above.amax(0).tolist(), f"{person['distance']:.1f} m", colour, font_size=15)
+    sheet.paste(picture)
+    return save_picture(sheet, path)
+
+def draw_skeleton(draw, joints, bones, colour):
+    """Joints [J, 2], pixels (NaN: not drawn), and the bones between them, with a light edge."""
+    known = {k: tuple(place) for k, place in enumerate(joints.tolist()) if not math.isnan(place[0])}
+    for fill, width in (("white", 5), (colour, 3)):
+        for a, b in bones:
+            if a in known and b in known:
+                draw.line((known[a], known[b]), fill, width)
+        for place in known.values():
+            draw.circle(place, 0.8 * width, fill)
+
 # ---- Tables and files ------------------------------------------------------------------------------------------------
 
 def report(args, look, rows, picture=None, spread=None, **more):
@@ -1391,7 +1681,7 @@ def table(rows, first="", spread=None):
         digits = 3 if most < 2 else 2 if most < 10 else 1
         around = [(spread or {}).get(name, {}).get(column, 0) for name in rows]
         cells = [value if isinstance(value, str) else f"{value:.{digits}f}" for value in values]
-        if any(around):
+        if any(x > 0 for x in around):
             cells = [f"{cell} ±{x:.{digits}f}" for cell, x in zip(cells, around)]
         width = max(map(len, [column, *cells])) + 2
         for line, text in zip(lines, [column, *cells]):
@@ -1553,6 +1843,17 @@ COMMANDS = {  # name: (function, its options, what it tells)
         **COMMON, "data": option([], "folder of pairs to train on, instead of rooms", metavar="FOLDER"),
         "steps": option(250, "training steps of the decoder", 1, 1e6), "seeds": option(1, "how many", 1, 1000),
     }, "Two photographs to 3D; with --run alone: a decoder trained on the run's frozen student."),
+    "people": (command_people, {
+        **COMMON, "data": option([], "folder to train on, instead of procedural people: NAME.jpg beside NAME.npz with "
+                                     "joints3d [P, J, 3], metres in the camera's frame, K, perhaps visible [P]",
+                                 metavar="FOLDER"),
+        "head": option(0, "which joint is the head", high=1000),
+        "pelvis": option(None, "at which joint 3D errors are aligned; without: a folder's at the mean of all joints",
+                         kind=int, high=1000),
+        "fov": option(None, "degrees across the photograph's longer side; without: from EXIF, else 60", 1, 179,
+                      kind=float),
+        "steps": option(1000, "training steps of the head", 1, 1e6), "seeds": option(1, "how many", 1, 1000),
+    }, "People of a photograph in 3D; with --run alone: a head trained on the run's frozen student."),
 }
 
 def main(argv=None):
@@ -1560,8 +1861,8 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, options, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text).add(options)
-        if name == "two-view":
-            command.add_argument("images", nargs="*", help="two photographs")
+        if name in ("two-view", "people"):
+            command.add_argument("images", nargs="*", help="two photographs" if name == "two-view" else "a photograph")
     args = parser.parse_args(argv)
     if "device" in args:
         args.device = dune.pick_device(args.device)

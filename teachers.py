@@ -3,7 +3,8 @@
     teacher = load_teacher("mast3r")              # downloads MASt3R once, keeps its encoder
     tokens = teacher(images, grid=(24, 24))       # {"cls": None, "patch": [B, 576, 1024]}, whatever its own patch size
 
-Then MASt3R's two-view decoder, on its own encoder or on a DUNE. `python teachers.py` prints the table.
+Then MASt3R's two-view decoder, on its own encoder or on a DUNE, and a head for people on any encoder.
+`python teachers.py` prints the table.
 """
 
 import argparse
@@ -771,6 +772,118 @@ def two_view_layout(model):
         key = re.sub(r"^encoder\.", "dune_backbone.", key)
         return key if key.startswith(("dune_backbone.", "norm.")) else f"mast3r.{key}"
     return {"model": {published(key): value for key, value in model.state_dict().items()}}
+
+# ---- A photograph to people in 3D ------------------------------------------------------------------------------------
+
+class People(nn.Module):
+    """Multi-HMR's head (arXiv 2402.14654, section 3) on any frozen encoder, with joints in place of a body model: each
+    patch says whether it holds a person's head; the token of each that does looks at all tokens of its image.
+
+    joints, head  how many joints a person has, and which of them is the head
+    size          pixels of the images' longer side; f60 is the focal length of a view of 60 degrees across it
+    patch         pixels in a token's place; images are resized if the encoder's own patch is another
+    dim, depth    of the decoder blocks
+    """
+
+    def __init__(self, encoder, joints, head, size, patch, dim=128, depth=2):
+        super().__init__()
+        self.options = dict(joints=joints, head=head, size=size, patch=patch, dim=dim, depth=depth)
+        self.encoder = encoder.eval().requires_grad_(False)
+        self.head = range(joints)[head]
+        self.size = size
+        self.patch = patch
+        self.f60 = size / 2 * 3**0.5
+        self.norm = nn.LayerNorm(encoder.embed_dim)
+        self.score = nn.Linear(encoder.embed_dim, 1)
+        self.embed = nn.Linear(encoder.embed_dim + 28, dim)
+        self.blocks = nn.ModuleList(DecoderBlock(dim, dim // 16) for _ in range(depth))
+        self.last = nn.LayerNorm(dim, eps=1e-6)
+        self.out = nn.Linear(dim, 3 + 3 * joints)
+        self.register_buffer("bones", torch.zeros(joints - 1, 2))  # pairs of joints, for pictures
+        wanted = (HALF, HALF) if encoder.position == "rope" else (IMAGENET_MEAN, IMAGENET_STD)
+        self.prepare = Prepare(IMAGENET_MEAN, IMAGENET_STD, *wanted)
+
+    @torch.no_grad()
+    def forward(self, images, K, least=0.3):
+        """images [B, 3, H, W], ImageNet-normalised; K [B, 3, 3] of their pixels, with centres at integer + 0.5 -> for
+        each image a list of people, the surest first: {"score": at least `least`; "head" [2]: pixels; "distance": of
+        the head along z, metres; "joints3d" [J, 3]: metres in the camera's frame (x right, y down, z forward);
+        "joints2d" [J, 2]: pixels}. Raises Oops if a side is no multiple of the patch size.
+        """
+        grid = self.grid(images)
+        tokens, scores = self.read(self.tokens(images), K, grid)
+        scores = scores.sigmoid()
+        highest = F.max_pool2d(scores.unflatten(1, grid), 3, 1, 1).flatten(1)  # two patches may share a head
+        image, patch = ((scores >= least) & (scores == highest)).nonzero(as_tuple=True)
+        people = self.decode(self.query(tokens, image, patch), patch, K[image], grid[1])
+        people["score"] = scores[image, patch]
+        found = [[] for _ in images]
+        for q in people["score"].argsort(descending=True).tolist():
+            found[image[q]].append({key: value[q] for key, value in people.items()})
+        return found
+
+    def grid(self, images):
+        height, width = images.shape[-2:]
+        if height % self.patch or width % self.patch:
+            raise Oops(f"image size {height}x{width} is no multiple of the patch size {self.patch}")
+        return height // self.patch, width // self.patch
+
+    @torch.no_grad()
+    def tokens(self, images):
+        """The frozen encoder's patch tokens, [B, N, D]."""
+        size = tuple(n * self.encoder.patch_size for n in self.grid(images))
+        return self.encoder(self.prepare(images, size))["patch"]
+
+    def read(self, tokens, K, grid):
+        """tokens() with their places and their rays, [B, N, dim]; whether they hold heads, logits [B, N]"""
+        tokens, place = self.norm(tokens), centres(*grid, tokens.device)
+        pixels = place * self.patch * place.new_tensor([grid[1], grid[0]])
+        where = torch.cat([(2 * place - 1).expand(len(K), -1, -1), rays(pixels, K)[..., :2]], -1)
+        waves = [wave(where * turns) for turns in (1.5, 3, 6) for wave in (torch.sin, torch.cos)]
+        return self.embed(torch.cat([tokens, where, *waves], -1)), self.score(tokens)[..., 0].float()
+
+    def query(self, tokens, image, patch):
+        """What the tokens at Q places (image [Q], patch [Q]) have seen of their images, [Q, 3 + 3 J]: see decode()."""
+        still = tokens.new_ones(1), tokens.new_zeros(1)  # a rotary table that turns nothing: places are in the tokens
+        x, y = tokens[image, patch][:, None], tokens[image]
+        for block in self.blocks:
+            x = block(x, y, still, still)
+        return self.out(self.last(x[:, 0])).float()
+
+    def decode(self, raw, patch, K, cols):
+        """People as tensors [Q, ...], named as in forward(), of raw [Q, 3 + 3 J] from these patches [Q] of a row of
+        `cols`: the head's offset from the patch's middle, in patches; log(distance f60 / f); joints beside the head."""
+        offset, far, beside = raw.tensor_split([2, 3], -1)
+        head = (torch.stack([patch % cols, patch // cols], -1) + 0.5 + offset) * self.patch
+        distance = far[:, 0].exp() * K[:, 0, 0] / self.f60
+        beside = beside.unflatten(-1, (-1, 3))
+        joints = rays(head[:, None], K) * distance[:, None, None] + beside - beside[:, self.head, None]
+        return {"head": head, "distance": distance, "joints3d": joints, "joints2d": project(joints, K)}
+
+def rays(pixels, K):
+    """[..., n, 2] -> [..., n, 3], as long as to have z = 1."""
+    return F.pad(pixels, (0, 1), value=1.0) @ K.inverse().mT
+
+def project(points, K):
+    """[..., n, 3] in the camera's frame -> pixels [..., n, 2]; what is not before the camera is taken as 5 cm ahead."""
+    flat = points @ K.mT
+    return flat[..., :2] / flat[..., 2:].clamp(min=0.05)
+
+def people_layout(model):
+    """The file of a People on a DUNE encoder, with the encoder in it."""
+    return {"people": model.options, "model": model.state_dict()}
+
+def load_people(path, device="cpu"):
+    """A People in eval mode from the file of people_layout. Raises Oops for any other file."""
+    file = dune.read_checkpoint(path)
+    options, state = dune.entry(file, "people", dict, path), dune.entry(file, "model", dict, path)
+    vit = dune.vit_from_state(dune.below(state, "encoder."), path)
+    try:
+        with torch.device("meta"):
+            model = People(vit, **options)
+    except Exception:  # whatever foreign options do to modules without content
+        raise Oops(f"{path} holds no people head of a known layout: its options are odd or missing") from None
+    return dune.load_strictly(model, state, path).eval().to(device)
 
 # ---- The command -----------------------------------------------------------------------------------------------------
 
