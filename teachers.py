@@ -862,12 +862,16 @@ class People(nn.Module):
 
 def rays(pixels, K):
     """[..., n, 2] -> [..., n, 3], as long as to have z = 1."""
-    return F.pad(pixels, (0, 1), value=1.0) @ K.inverse().mT
+    return transform(K.inverse(), F.pad(pixels, (0, 1), value=1.0))
 
 def project(points, K):
     """[..., n, 3] in the camera's frame -> pixels [..., n, 2]; what is not before the camera is taken as 5 cm ahead."""
-    flat = points @ K.mT
+    flat = transform(K, points)
     return flat[..., :2] / flat[..., 2:].clamp(min=0.05)
+
+def transform(matrix, points):
+    """Matrices [..., 3, 3] times points [..., n, 3]; in fp32 under autocast too: places want more digits than bf16."""
+    return (matrix[..., None, :, :] * points[..., None, :]).sum(-1)
 
 def people_layout(model):
     """The file of a People on a DUNE encoder, with the encoder in it."""
@@ -879,6 +883,8 @@ def load_people(path, device="cpu"):
     options, state = dune.entry(file, "people", dict, path), dune.entry(file, "model", dict, path)
     vit = dune.vit_from_state(dune.below(state, "encoder."), path)
     try:
+        if min(options["size"], options["patch"]) < 1 or options["depth"] > len(state):
+            raise ValueError
         with torch.device("meta"):
             model = People(vit, **options)
     except Exception:  # whatever foreign options do to modules without content

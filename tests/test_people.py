@@ -52,6 +52,9 @@ def test_perfect_outputs_give_the_people_exactly(head):
     model = tiny(head=head)
     raw, patch = perfect(model, K, joints, 8)
     people = model.decode(raw, patch, K, 8)
+    with torch.autocast("cpu", torch.bfloat16):  # as in training
+        again = model.decode(raw, patch, K, 8)
+    assert all(torch.equal(people[key], again[key]) for key in people)
     assert torch.allclose(people["joints3d"], joints, atol=1e-4)
     assert torch.allclose(people["distance"], joints[:, head, 2], atol=1e-4)
     assert torch.allclose(people["joints2d"], zoo.project(joints, K), atol=1e-2)
@@ -259,10 +262,11 @@ def test_what_is_wrong_is_one_line(tmp_path, weights, monkeypatch):
     torch.save({**foreign, "people": {**foreign["people"], "joints": 9}}, "nine.pt")
     torch.save({**foreign, "people": {**foreign["people"], "head": 15}}, "head.pt")
     torch.save({**foreign, "people": {"joints": 15}}, "few.pt")
+    torch.save({**foreign, "people": {**foreign["people"], "depth": 10**9}}, "deep.pt")
     good = dict(joints3d=np.ones((1, 4, 3)), K=np.eye(3))
     cases = [([a, "--weights", f"{name}.pt"], words) for name, words in (
         ("checkpoint", "no 'people'"), ("nine", "has the wrong shape for tensor"), ("head", "known layout"),
-        ("few", "known layout"), ("nothing", "no such file"))]
+        ("few", "known layout"), ("deep", "known layout"), ("nothing", "no such file"))]
     cases += [
         ([a, a], "takes one image, not 2"), (["text.jpg"], "cannot read the image text.jpg"), ([], "--run FOLDER"),
         ([a, "--fov", "0.5"], "not between 1 and 179"), ([a, "--fov", "180"], "not between 1 and 179"),
