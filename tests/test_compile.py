@@ -1,4 +1,4 @@
-"""--compile yes: the same losses, the encoder among what is compiled, and nothing compiled again once all shapes are seen."""
+"""--compile yes: the same losses, the encoder among what is compiled, nothing compiled again after three steps."""
 
 import json
 import os
