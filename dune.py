@@ -141,7 +141,8 @@ class ViT(nn.Module):
         if height % self.patch_size or width % self.patch_size:
             raise Oops(f"image size {height}x{width} is no multiple of the patch size {self.patch_size}")
         rows, cols = height // self.patch_size, width // self.patch_size
-        x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2).to(self.norm.weight.dtype)  # fp32 under autocast
+        x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)
+        x = x.to(self.norm.weight.dtype)  # under autocast, too, what goes from block to block is fp32
         if self.pos_embed is not None:
             x = x + self.positions(rows, cols)
         # Registers first, then class and patches: attention does not see the order, and projectors read a plain slice.
@@ -230,7 +231,7 @@ def init_linear(module):
 
 # ---- Projectors ------------------------------------------------------------------------------------------------------
 # Each maps the student's tokens (before its last norm) to one teacher's dimension: [B, 1 + N, D] -> [B, 1 + N, T].
-# A new one is a class and its entry in PROJECTORS.
+# A new one is a class and its entry in PROJECTORS. All teachers of a student have projectors of one kind.
 
 class Projector(nn.Module):
     """What a projector is beside its constructor(encoder, out, has_cls) and its forward(tokens)."""
@@ -343,7 +344,7 @@ def update_norms(norms, features, momentum):
     norms {teacher: TeacherNorm}; features {teacher: {"cls": [b, D] or None, "patch": [b, N, D]}}, raw, this process's.
     The statistics are those of the tokens of all processes: each sends one message of 2 D + 1 numbers (count, mean, m2)
     per teacher and token type, and they merge exactly (Chan et al. 1979). The running averages move by `momentum`:
-    stat <- (1 - m) stat + m batch_stat. At momentum 0 nothing is computed and they are used.
+    stat <- (1 - m) stat + m batch_stat. At momentum 0, which is evaluation, nothing is computed and they are used.
     """
     keys = [(t, kind) for t in norms for kind in norms[t].normalizers]
     if momentum == 0:
@@ -382,34 +383,34 @@ def token_losses(student, teacher, mean, divisor):
 
     cos: 1 - cosine similarity; sl1: smooth L1, mean over channels. A new term: one more entry here and in WEIGHTS.
     """
-    cos, sl1 = kernels.distill_loss(student, teacher, mean, divisor, eps=0.0)
+    cos, sl1 = kernels.distill_loss(student, teacher, mean, divisor, beta=1.0, eps=0.0)  # eps: divisor has its own
     return {"cos": cos, "sl1": sl1}
 
 def image_losses(student, teacher, statistics):
-    """The loss of one teacher for every image [b], and its parts {"cls_cos", "cls_sl1", "patch_cos", …}, [b] each.
+    """The loss of one teacher for every image [b], and its terms {"cls_cos", "cls_sl1", "patch_cos", …}, [b] each.
 
     student, teacher: {"cls": [b, D] or None, "patch": [b, N, D]}, the teacher's raw; statistics {kind: (mean, divisor)}
     Patch tokens are averaged; if the teacher has a class token, so are the two kinds of token.
     """
-    parts = {}
+    terms = {}
     total = 0
     for kind, (mean, divisor) in statistics.items():
         for term, value in token_losses(student[kind], teacher[kind], mean, divisor).items():
-            parts[f"{kind}_{term}"] = value.mean(1) if kind == "patch" else value
-            total = total + WEIGHTS[term] * parts[f"{kind}_{term}"]
-    return total / len(statistics), parts
+            terms[f"{kind}_{term}"] = value.mean(1) if kind == "patch" else value
+            total = total + WEIGHTS[term] * terms[f"{kind}_{term}"]
+    return total / len(statistics), terms
 
 def batch_losses(outputs, features, statistics, rows, count):
-    """image_losses of every teacher: losses [count, T], and {teacher: parts}.
+    """image_losses of every teacher: losses [count, T], and {teacher: terms}.
 
     outputs, features {teacher: tokens of the images rows[teacher]}; rows {teacher: index tensor or slice}: which of the
     `count` images it teaches. The others' losses are 0.
     """
-    losses, parts = [], {}
+    losses, terms = [], {}
     for t, index in rows.items():
-        loss, parts[t] = image_losses(outputs[t], features[t], statistics[t])
+        loss, terms[t] = image_losses(outputs[t], features[t], statistics[t])
         losses.append(loss if isinstance(index, slice) else loss.new_zeros(count).index_copy(0, index, loss))
-    return torch.stack(losses, 1), parts
+    return torch.stack(losses, 1), terms
 
 def teacher_coefficients(losses, allowed, drop, noise):
     """Which teachers count for which images, [B, T] of 0 and 1 (teacher dropping, UNIC section 3.3).
@@ -423,9 +424,10 @@ def teacher_coefficients(losses, allowed, drop, noise):
     return (keep & allowed).to(losses.dtype)
 
 def weighted_sum(losses, coefficients):
-    """(sum(c * l), sum(c)): their ratio over the whole batch, all processes and parts together, is the loss (eq. 3).
+    """(sum(c * l), sum(c)): their ratio over the whole batch, all processes and parts together, is the loss.
 
-    where() and not a product: a teacher that does not count for an image must not matter, not even as NaN.
+    UNIC eq. 3. where() and not a product: a teacher that does not count for an image must not matter, not even as NaN
+    (kernels.distill_loss gives a token whose gradient is 0 the gradient 0, whatever it holds).
     """
     return torch.where(coefficients > 0, coefficients * losses, 0).sum(), coefficients.sum()
 
@@ -455,7 +457,8 @@ class DUNE(nn.Module):
         for t, (dim, has_cls) in teachers.items():
             self.projectors[t] = PROJECTORS[projector](encoder, dim, has_cls, **projector_options)
             self.teacher_norms[t] = TeacherNorm(dim, has_cls, norm)
-        # The projectors read the tokens before the last norm, so it never gets a gradient: DDP must not wait for one.
+        # The projectors read the tokens before the last norm, so it gets no gradient (and stays 1 and 0): DDP must not
+        # wait for one.
         encoder.norm.requires_grad_(False)
 
     def forward(self, images, rows=None):

@@ -1,25 +1,28 @@
-"""What the encoder knows: losses, pictures, probes of frozen features, tables.
+"""What the encoder knows: losses, probes of frozen features, matching, two photographs to 3D, pictures, tables.
 
-    python eval.py study --run out/tiny                   # procedural scenes: is the student as good as each teacher at its own job?
-    python eval.py ablate                                 # retrains the tiny student over projector x sharing x dropping
-    python eval.py pca --run out/tiny                     # also loss, spectrum, alignment: what distillation did
-    python eval.py two-view a.jpg b.jpg                    # two photographs to 3D: point cloud, pose, matches
-    python eval.py knn --train in1k/train --test in1k/val --run out/dune --teacher dinov2      # also linear, seg, depth, match
+    python eval.py study --run out/tiny      # procedural scenes: is the student as good as each teacher at its own job?
+    python eval.py ablate                    # the tiny student again, over projector x sharing x dropping
+    python eval.py pca --run out/tiny        # also loss, spectrum, alignment: what distillation did
+    python eval.py two-view a.jpg b.jpg      # two photographs to 3D: point cloud, pose, matches
+    python eval.py people photo.jpg          # one photograph to people in 3D: joints in metres
+    python eval.py knn --train in1k/train --test in1k/val --run out/dune     # also linear, seg, depth, match
 
-A command looks at the student's encoder, at the student through projectors (--through dinov2) and at bare teachers (--teacher dinov2),
-each a row of one table. Nothing that is looked at is trained: its features are computed once and kept in the cache folder.
+A command looks at the student's encoder, at the student through projectors (--through dinov2) and at bare teachers
+(--teacher dinov2), each a row of one table. None of them is trained: on folders of images their features are computed
+once and kept in the cache folder. A new command is a function and an entry in COMMANDS, at the end.
 """
 
 import argparse
-import copy
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 
@@ -33,650 +36,588 @@ from tqdm import tqdm
 import data
 import dune
 import teachers as zoo
-from dune import Oops
+from dune import Oops, option
 
-
-# ------------------------------------------------------------------------------------------------------------------ losses
+# ---- Losses ----------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def held_out_losses(model, teachers, images, grid, chunk=16, running=False):
-    """{teacher: {"cls_cos", "cls_sl1", "patch_cos", "patch_sl1", "loss"}} of uint8 images [n, 3, S, S], standardised by these images'
-    own statistics, so that a student that has learned nothing yet can be compared; running=True: by the running averages."""
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
+    """{teacher: {"cls_cos", "cls_sl1", "patch_cos", "patch_sl1", "loss"}} of uint8 images [n, 3, S, S].
+
+    The teachers are standardised by these images' own statistics, so that a student that has learned nothing yet can be
+    compared; running=True: by the running averages.
+    """
+    training = model.training
+    device = next(model.eval().parameters()).device
     parts = [data.normalise(part.to(device)) for part in images.split(chunk)]
     student = [model(part) for part in parts]
     result = {}
     for t, teacher in teachers.items():
-        raw = [teacher(part, grid) for part in parts]
-        kinds = list(model.teacher_norms[t].normalizers)
-        joined = {k: torch.cat([r[k].float() for r in raw]) for k in kinds}
-        norm = copy.deepcopy(model.teacher_norms[t])
-        if not running:
-            for k in kinds:
-                flat = joined[k].flatten(0, -2)
-                norm.normalizers[k].mean, norm.normalizers[k].std = flat.mean(0), flat.std(0)
-        loss, values = dune.image_losses({k: torch.cat([s[t][k].float() for s in student]) for k in kinds}, joined, {k: norm.statistics(k) for k in kinds})
-        result[t] = {**{k: v.mean().item() for k, v in values.items()}, "loss": loss.mean().item()}
+        features = joined([teacher(part, grid) for part in parts])
+        norm = model.teacher_norms[t]
+        statistics = {kind: norm.statistics(kind) for kind in norm.normalizers}
+        for kind in () if running else statistics:
+            std, mean = torch.std_mean(features[kind].flatten(0, -2), 0)
+            statistics[kind] = mean, std.clamp(min=1e-3)
+        loss, values = dune.image_losses(joined([part[t] for part in student]), features, statistics)
+        result[t] = {name: value.mean().item() for name, value in {**values, "loss": loss}.items()}
     model.train(training)
     return result
 
+def joined(parts):
+    """The features of several batches as one: {"cls": [n, D] or None, "patch": [n, N, D]}, fp32."""
+    known = [kind for kind in ("cls", "patch") if parts[0][kind] is not None]
+    return {"cls": None, **{kind: torch.cat([part[kind].float() for part in parts]) for kind in known}}
 
-def held_out(specs, groups, teachers, size, each=0):
-    """Images that a run is judged by: {"image": uint8 [n, 3, size, size], "show": indices of a few for pictures, "what": in words}.
-
-    specs: as for --data. Without any, scenes that no run trains on stand for each group of scenes (the seeds from 10^9 down), and the
-    first images of the group itself for any other.
-    """
-    each = each or (32 if size <= 128 else 8)
+def held_out(specs, groups, teachers, size):
+    """Images that a run is judged by: {"image": uint8 [n, 3, size, size], "group": [n], "show": a few for pictures,
+    "what": in words}. specs: as for --data; without any the groups' own that no run trains on, if they have such."""
+    each = 32 if size <= 128 else 8
     what = "held-out images"
     if specs:
         groups = data.parse_data(specs, teachers)
     else:
-        real = any(not isinstance(source, data.Scenes) for group in groups for source in group.sources)
-        what = "training images (held-out ones: --val)" if real else "held-out scenes"
-        groups = [group if any(not isinstance(s, data.Scenes) for s in group.sources) else data.Group(group.name, [held_out_scenes(group.sources[0].kind, each)], group.teachers)
-                  for group in groups]
-    n = min(each, *(group.count for group in groups)) if len(groups) > 1 else min(each, groups[0].count)
+        unseen = [[source.held_out(each) for source in group.sources] for group in groups]
+        seen = any(source in group.sources for group, sources in zip(groups, unseen) for source in sources)
+        what = "training images (held-out ones: --val)" if seen else "held-out scenes"
+        groups = [replace(group, sources=sources) for group, sources in zip(groups, unseen)]
+    n = min(each, *(group.count for group in groups))
     batch = next(data.batches(groups, size, n * len(groups), workers=0, train=False))
-    image = batch["image"]
-    return {"image": image, "group": batch["group"], "show": list(range(min(6, len(image)))), "what": what}
+    show = list(range(min(6, len(batch["image"]))))
+    return {"image": batch["image"], "group": batch["group"], "show": show, "what": what}
 
+def command_loss(args):
+    look = subject(args)
+    if look.model is None or look.teachers.keys() - look.model.projectors.keys():
+        raise Oops("eval.py loss needs a student (--run FOLDER, --checkpoint FILE), and teachers that it learned from")
+    held = some_images(args, look)
+    losses = held_out_losses(look.model, look.teachers, held["image"], look.grid, running=True)
+    print(f"loss on {len(held['image'])} {held['what']}")
+    report(args, look, losses)
 
-def held_out_scenes(kind, count):
-    """Scenes of the last seeds, which no training source reaches."""
-    return data.Scenes(f"scenes:{kind}:{data.TEST_SCENES}-{data.TEST_SCENES + count}")
+# ---- The study: linear probes on procedural scenes -------------------------------------------------------------------
 
+COLUMNS = {  # which domain it tests, whether more is better
+    "k-NN": ("objects", True), "accuracy": ("objects", True), "mIoU": ("objects", True),
+    "depth RMSE": ("rooms", False), "delta1": ("rooms", True), "normals": ("rooms", False), "matching": ("rooms", True),
+    "joints 2D": ("people", True), "joints 3D": ("people", False),
+}
+STUDY = dict(train=1200, test=300, pairs=60)  # scenes of each domain and seed
+CHUNK, PROBE_STEPS = 120, 500
+# No teacher and no student has seen these: what probes learn from, what they are tested on, what decoders learn from.
+PROBE_SEEDS, UNSEEN_SEEDS, ROOM_SEEDS = 5 * 10**8, data.TEST_SCENES + 10**8, 2 * 10**8
 
-# ---------------------------------------------------------------------------------------------------------------- pictures
+def command_study(args):
+    look = subject(args)
+    readers = [teacher_reader(t, teacher, look.patch) for t, teacher in look.teachers.items()]
+    if look.model:
+        blank = random_encoder(look, args.seed)
+        readers.insert(0, Reader("random encoder", blank, look.patch, [blank]))
+        readers += student_readers(look.model, ["encoder", *look.model.projectors])
+    values, pictures = {reader.name: [] for reader in readers}, []
+    for seed in range(args.seed, args.seed + args.seeds):
+        scenes = study_scenes(seed, look, **STUDY)
+        for reader in tqdm(readers, f"study, seed {seed}", leave=False):
+            said = {}
+            values[reader.name].append(study_row(reader, scenes, look.grid, seed, said=said))
+            if reader.name == "encoder" and seed == args.seed:
+                pictures.append(study_picture(output(args, ".png"), scenes, said, look.grid))
+    mean, spread = mean_and_spread(values)
+    parameters = {r.name: sum(p.numel() for module in r.modules for p in module.parameters()) for r in readers}
+    print(f"linear probes on frozen features, mean ± spread of {args.seeds} seeds, in %; "
+          "depth RMSE in m, normals in degrees, joints 3D in cm")
+    table({name: {"M params": parameters[name] / 1e6, **row} for name, row in mean.items()}, spread=spread)
+    ratios = beside_own_teachers(mean, look) if look.model else {}
+    if any(ratios.values()):
+        print("\nbeside the teacher whose job it is (1: equal, more is better)")
+        table(ratios)
+    content = {"seeds": args.seeds, "image_size": look.size, "parameters": parameters, "values": values}
+    path = write_json(args, {**content, "mean": mean, "spread": spread, "ratios": ratios})
+    print("wrote", ", ".join([path, *pictures]))
 
-def pca_basis(features):
-    """What pca_colours shows of [n, N, D] patch features: (mean [D], three directions [D, 3], low [3], high [3]), shared by the images."""
-    flat = features.float().flatten(0, 1)
-    mean = flat.mean(0)
-    _, _, directions = torch.pca_lowrank(flat - mean, q=min(6, *flat.shape), center=False, niter=4)
-    colours = (flat - mean) @ directions[:, :3]
-    sign = colours.pow(3).sum(0).sign()  # a component's sign is arbitrary: fix it
-    low, high = (colours * sign).quantile(torch.tensor([0.02, 0.98], device=colours.device), dim=0)
-    return mean, directions[:, :3] * sign, low, high
+def owner(column, teachers):
+    """The teacher whose job a column is, or None."""
+    return next((t for t in teachers if zoo.TEACHERS[t].domain == COLUMNS[column][0]), None)
 
+def ratio(column, value, reference):
+    """How good a value is beside the reference: 1 is equal, more is better."""
+    more, less = (value, reference) if COLUMNS[column][1] else (reference, value)
+    return more / max(less, 1e-9)
 
-def pca_colours(features, rows, scale, basis=None):
-    """[n, N, D] patch features -> uint8 [n, rows*scale, cols*scale, 3]: three principal components (their own, or pca_basis of others)."""
-    mean, directions, low, high = basis or pca_basis(features)
-    colours = (((features.float() - mean) @ directions - low) / (high - low).clamp(min=1e-9)).clamp(0, 1)
-    small = (colours * 255).byte().unflatten(1, (rows, -1)).cpu().numpy()
-    return small.repeat(scale, 1).repeat(scale, 2)
+def beside_own_teachers(mean, look):
+    """{row: {column: ratio}}: the student, and the best of the other teachers, beside each column's own teacher."""
+    ratios = {"encoder": {}, "through its projector": {}, "best other teacher": {}}
+    for column in COLUMNS:
+        own = owner(column, look.teachers)
+        if own in look.model.projectors:
+            beside = {name: ratio(column, row[column], mean[own][column]) for name, row in mean.items()}
+            ratios["encoder"][column] = beside["encoder"]
+            ratios["through its projector"][column] = beside[f"through {own}"]
+            ratios["best other teacher"][column] = max((beside[t] for t in look.teachers if t != own), default=math.nan)
+    return ratios
 
+def study_scenes(seed, look, train, test, pairs):
+    """What study_row needs: {domain: (train images, their targets in chunks, test images, their targets)}; "own": which
+    patches of the training rooms' two views belong together (zoo.patch_pairs); "pairs": test rooms (room_views)."""
+    scenes = {}
+    first, unseen = PROBE_SEEDS + 10**6 * seed, UNSEEN_SEEDS + 10**6 * seed
+    for domain in data.SCENES:
+        if domain == "rooms":  # both views of half as many
+            views = on(look.device, zoo.room_pairs(first, train // 2, look.size))
+            known = {label: values.flatten(0, 1) for label, values in views.items()}
+            scenes["own"] = zoo.patch_pairs(views, look.grid)
+        else:
+            known = on(look.device, data.labelled_scenes(domain, first, train, look.size))
+        new = on(look.device, data.labelled_scenes(domain, unseen, test, look.size))
+        targets = zoo.Probe(domain, 1, look.grid).targets
+        scenes[domain] = known["image"], [targets(part) for part in chunks(known)], new["image"], targets(new)
+    scenes["pairs"] = room_views(unseen + 10**8, pairs, look.size)
+    return scenes
 
-@torch.no_grad()
-def pca_sheet(model, teachers, images, path):
-    """Write the paper's Figure 2 for uint8 images [n, 3, H, W]: image, the student's own features, then for each teacher its features
-    (standardised) and what the student says through that projector, in the same colours. Returns the path. model may be None."""
-    device = next((model or next(iter(teachers.values()))).parameters()).device
-    x = data.normalise(images.to(device))
-    training = model is not None and model.training
-    patch = model.encoder.patch_size if model else next(iter(teachers.values())).patch_size
-    grid = (images.shape[-2] // patch, images.shape[-1] // patch)
-    names, columns = ["image"], [list(images.permute(0, 2, 3, 1).numpy())]
-    if model:
-        model.eval()
-        projected = model(x)
-        names.append("student")
-        columns.append(pca_colours(model.encoder(x)["patch"], grid[0], patch))
-    for t, teacher in teachers.items():
-        features = teacher(x, grid)["patch"]
-        if model and t in projected:
-            features = model.teacher_norms[t]({"patch": features})["patch"]
-        basis = pca_basis(features)
-        names.append(f"teacher\n{t}")
-        columns.append(pca_colours(features, grid[0], patch, basis))
-        if model and t in projected:
-            names.append(f"student as\n{t}")
-            columns.append(pca_colours(projected[t]["patch"], grid[0], patch, basis))
-    if training:
-        model.train()
-    data.contact_sheet([list(row) for row in zip(*columns)], path, columns=names, cell=max(112, min(256, *images.shape[-2:])))
-    return path
+def on(device, batch):
+    return {name: values.to(device) for name, values in batch.items()}
 
+def chunks(values):
+    """{name: [n, ...]} in parts of CHUNK."""
+    return [dict(zip(values, part)) for part in zip(*(x.split(CHUNK) for x in values.values()))]
 
-def read_log(folder):
-    """The lines of a run's log.jsonl, as dictionaries; a last line that was cut short by a crash is left out."""
-    lines = []
-    try:
-        with open(os.path.join(folder, "log.jsonl")) as file:
-            for line in file:
-                if line.endswith("\n"):
-                    lines.append(json.loads(line))
-    except (OSError, ValueError) as error:
-        if not isinstance(error, FileNotFoundError):
-            raise Oops(f"cannot read {folder}/log.jsonl: {error}") from None
-    return lines
+def study_row(reader, scenes, grid, seed, steps=None, said=None):
+    """{column: value}: probes of one frozen encoder on all domains, each trained for `steps`. said: a dictionary that
+    takes what each domain's probe says of the test images."""
+    row, steps = {}, steps or PROBE_STEPS
+    for domain in data.SCENES:
+        train, targets, test, truth = scenes[domain]
+        x, y = (joined([reader(part) for part in images.split(100)]) for images in (train, test))
+        if x["cls"] is None:
+            x["cls"], y["cls"] = x["patch"].mean(1), y["patch"].mean(1)
+        if domain == "objects":
+            labels = torch.cat([part["kind"] for part in targets])
+            row["k-NN"] = top(knn(x["cls"], labels, y["cls"], len(data.KINDS)), truth["kind"])["top-1"]
+        scale = {kind: moments(x[kind]) for kind in x}
+        x, y = ({kind: (z[kind] - mean) / std for kind, (mean, std) in scale.items()} for z in (x, y))
+        torch.manual_seed(seed)
+        probe = trained_probe(zoo.Probe(domain, x["patch"].shape[-1], grid), x, targets, steps)
+        with torch.no_grad():
+            out = probe(y, truth)
+        row.update(probe.metrics(out, truth))
+        if said is not None:
+            said[domain] = out
+        if domain == "rooms":
+            views = x["patch"].unflatten(0, (-1, 2))
+            describes = with_descriptor(reader, views, *scenes["own"], *scale["patch"], steps)
+    found = [match(describes, images, flow, images.shape[-2:]) for images, flow in scenes["pairs"]]
+    # Of all patches that both views see: of the matches alone, an encoder that finds few would look good. 10 % of the
+    # side is less than a patch.
+    row["matching"] = correct(found, shares=(0.1,))["found"]
+    return {column: row[column] for column in COLUMNS}
 
+def trained_probe(probe, features, targets, steps):
+    """A zoo.Probe that has learned the targets, in chunks, from features {"cls": [n, D], "patch": [n, N, D]}."""
+    pairs = list(zip(chunks(features), targets))
+    probe.to(features["patch"].device)
 
-COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b"]
+    def loss(step):
+        part, truth = pairs[step % len(pairs)]
+        return probe.loss(probe(part, truth), truth)
+    zoo.fit(list(probe.parameters()), loss, steps, 1e-1)
+    return probe
 
+def with_descriptor(reader, views, own, seen, mean, std, steps):
+    """The reader with a linear layer behind it that has learned which patches of two views are of one place.
 
-def draw_curves(path, panels, width=560, height=300):
-    """Write a PNG of line plots side by side. panels: list of (title, {label: (x values, y values)}); y logarithmic where it spans 30x."""
-    image = Image.new("RGB", (width * len(panels), height), "white")
-    draw = ImageDraw.Draw(image)
-    for i, (title, curves) in enumerate(panels):
-        points = [(x, y) for xs, ys in curves.values() for x, y in zip(xs, ys) if y is not None and math.isfinite(y)]
-        left, top, right, bottom = width * i + 62, 30, width * (i + 1) - 14, height - 28
-        draw.text((left, 8), title, fill="black", font_size=14)
-        draw.rectangle((left, top, right, bottom), outline="#999")
-        if not points:
-            continue
-        x0, x1 = min(p[0] for p in points), max(p[0] for p in points)
-        y0, y1 = min(p[1] for p in points), max(p[1] for p in points)
-        log = y0 > 0 and y1 / y0 > 30
-        scale = math.log if log else float
-        span = scale(y1) - scale(y0) or abs(y1) or 1
+    views [n, 2, N, D]: features standardised by mean and std; own, seen [n, N]: see zoo.patch_pairs.
+    """
+    head = nn.Linear(views.shape[-1], 64, bias=False).to(views.device)
 
-        def place(x, y):
-            return left + (x - x0) / ((x1 - x0) or 1) * (right - left), bottom - 4 - (scale(y) - scale(y0)) / span * (bottom - top - 8)
-        for k in range(5):
-            value = scale(y0) + span * k / 4
-            value = math.exp(value) if log else value
-            y = place(x0, value)[1]
-            draw.line((left, y, right, y), fill="#eee")
-            draw.text((left - 6, y), f"{value:.3g}", fill="#555", font_size=11, anchor="rm")
-        for x in (x0, x1):
-            draw.text((place(x, y0)[0], bottom + 6), f"{x:g}", fill="#555", font_size=11, anchor="ma")
-        for k, (label, (xs, ys)) in enumerate(curves.items()):
-            line = [place(x, y) for x, y in zip(xs, ys) if y is not None and math.isfinite(y)]
-            colour = COLOURS[k % len(COLOURS)]
-            draw.line(line * (2 if len(line) == 1 else 1), fill=colour, width=2)
-            draw.text((right - 6, top + 5 + 14 * k), label, fill=colour, font_size=12, anchor="ra")
-    image.save(path)
-    return path
+    def loss(step):
+        first = step * 60 % len(views)
+        rows = slice(first, first + 60)
+        return zoo.contrast(head(views[rows, 0]), head(views[rows, 1]), own[rows])[seen[rows]].mean()
+    zoo.fit(list(head.parameters()), loss, steps, 1e-2)
 
+    def read(images):
+        return {"cls": None, "patch": head((reader.function(images)["patch"].float() - mean) / std)}
+    return replace(reader, function=read)
 
-def plot_logs(folders):
-    """Draw the logs of runs over each other (losses of each teacher, lr, images/s) into plot.png of the first one's folder."""
-    logs = {folder: read_log(folder) for folder in folders}
-    for folder, lines in logs.items():
-        if not lines:
-            raise Oops(f"{folder} holds no log.jsonl of a run")
-    one = len(logs) == 1
+def random_encoder(look, seed):
+    """A ViT of the student's shape with random weights: what any network knows before it learns."""
+    torch.manual_seed(seed)
+    like = look.model.encoder
+    shape = like.embed_dim, len(like.blocks), like.blocks[0].attn.heads, like.registers
+    return dune.ViT(like.grid * like.patch_size, like.patch_size, *shape, layer_scale=None).eval().to(look.device)
 
-    def curves(pick):
-        return {name if one else f"{os.path.basename(os.path.normpath(folder))} {name}": ([line["step"] for line in lines], [get(line) for line in lines])
-                for folder, lines in logs.items() for name, get in pick(lines[0]).items()}
-    panels = [("loss of each teacher, by step", curves(lambda line: {t: lambda r, t=t: r.get(t, {}).get("loss") for t in line if isinstance(line[t], dict)})),
-              ("learning rate", curves(lambda line: {"lr": lambda r: r["lr"]})),
-              ("images/s", curves(lambda line: {"images/s": lambda r: r["images_per_s"]}))]
-    return draw_curves(os.path.join(folders[0], "plot.png"), panels)
+# ---- The ablation ----------------------------------------------------------------------------------------------------
 
+FACTORS = {"projector": ("sp", "lp", "tp"), "sharing": ("own", "own+generic", "all"), "drop": (0.0, 0.5)}
+PAPERS = {"projector": "tp", "sharing": "all", "drop": 0.5}
 
-# ---------------------------------------------------------------------------------------------------- what is looked at, and results
+def command_ablate(args):
+    configs = [dict(zip(FACTORS, levels)) for levels in itertools.product(*FACTORS.values())]
+    steps = args.steps
+    if args.quick:  # the paper's choice, and one thing changed
+        configs = [config for config in configs if sum(config[factor] != PAPERS[factor] for factor in FACTORS) <= 1]
+        steps = max(1, steps // 2)
+    runs, values, judge = [], {}, None
+    jobs = list(itertools.product(configs, range(args.seed, args.seed + args.seeds)))
+    for config, seed in tqdm(jobs, "ablate", leave=False):
+        name = " ".join(map(str, config.values()))
+        folder = f"{output(args, '')}/{name.replace(' ', '-')}-seed{seed}-steps{steps}"
+        rate = train_tiny(folder, config, seed, steps, args.device)
+        look = subject(argparse.Namespace(run=folder, teacher=[], weights=[], image_size=0, device=args.device))
+        judge = judge or ablation_judge(look)
+        row, details = judge(look.model)
+        values.setdefault(name, []).append({**row, "images/s": rate})
+        runs.append({**config, "seed": seed, "steps": steps, "images/s": rate, **row, **details})
+        path = write_json(args, {"runs": runs})  # at once: half an hour may be interrupted
+    print(f"{len(runs)} runs of {steps} steps, mean ± spread of {args.seeds} seeds; loss: held-out, mean over all;\n"
+          "imbalance: largest - smallest teacher's; study: encoder's probes / own teacher's, mean over columns")
+    mean, spread = mean_and_spread(values)
+    table(mean, "projector sharing drop", spread)
+    print(f"wrote {path}")
 
-@dataclass
-class Reader:
-    """Frozen features under one name: function(normalised images [B, 3, H, W]) -> {"cls": [B, D] or None, "patch": [B, N, D]}."""
-    name: str
-    function: object
-    patch_size: int
-    modules: list  # whose weights the features depend on
+def train_tiny(folder, config, seed, steps, device):
+    """Train the tiny student in a process of its own: images/s. A run that is there, finished, is not repeated."""
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
+    options = {**config, "seed": seed, "steps": steps, "out": folder, "device": device.type, "log-every": 5}
+    words = [f"--{name}={value}" for name, value in options.items()]
+    # Scenes without end: a short run need not draw the preset's thousands.
+    words += [f"--data={t}=scenes:{zoo.TEACHERS[t].domain}" for t in zoo.SPECIALISTS]
+    result = subprocess.run([sys.executable, script, "--preset", "tiny", *words], capture_output=True, text=True)
+    if result.returncode:
+        raise Oops(f"train.py failed for {folder}: {(result.stderr.strip().splitlines() or ['?'])[-1]}")
+    return float(np.median([number(line, "images_per_s") for line in read_log(folder)][1:] or [math.nan]))
 
-    @torch.no_grad()
-    def __call__(self, images):
-        """uint8 images [B, 3, H, W] -> features, fp32."""
-        device = next((p.device for m in self.modules for p in m.parameters()), torch.device("cpu"))
-        with torch.autocast(device.type, torch.bfloat16, enabled=dune.fast_bf16(device)):
-            return {k: v if v is None else v.float() for k, v in self.function(data.normalise(images.to(device))).items()}
+def ablation_judge(look):
+    """judge(model) -> {measure: value}, details; the scenes are drawn and the teachers probed once for all models."""
+    scenes = study_scenes(0, look, train=540, test=240, pairs=20)
 
-    @property
-    def parameters(self):
-        return sum(p.numel() for m in self.modules for p in m.parameters())
+    def probes(reader):
+        return study_row(reader, scenes, look.grid, 0, steps=200)
+    own = {t: probes(teacher_reader(t, teacher, look.patch)) for t, teacher in look.teachers.items()}
+    held = held_out([], data.parse_data([], look.rows), look.rows, look.size)["image"]
 
-    @property
-    def key(self):
-        """A hash of the weights, for the cache."""
-        sha = hashlib.sha1(str(self.patch_size).encode())
-        for tensor in (v for m in self.modules for _, v in sorted(m.state_dict().items())):
-            sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return sha.hexdigest()
+    def judge(model):
+        losses = {t: parts["loss"] for t, parts in held_out_losses(model, look.teachers, held, look.grid).items()}
+        found = probes(student_readers(model, ["encoder"])[0])
+        ratios = [ratio(column, value, own[owner(column, own)][column]) for column, value in found.items()]
+        row = {"loss": np.mean(list(losses.values())).item(), "imbalance": max(losses.values()) - min(losses.values()),
+               "study": np.mean(ratios).item()}
+        return row, {"losses": losses, "probes": found}
+    return judge
 
-
-def read_through(model, teacher):
-    """The student through one projector, as a Reader's function."""
-    projector, has_cls = model.projectors[teacher], "cls" in model.teacher_norms[teacher].normalizers
-
-    def read(x):
-        out = dune.split_tokens(projector(model.encoder.tokens(x, every_block=projector.reads_every_block)), True)
-        return out if has_cls else {**out, "cls": None}
-    return read
-
-
-def student_readers(model, names):
-    """Readers of the student's encoder (name "encoder") or through projectors (teachers' names)."""
-    for t in set(names) - {"encoder"} - set(model.projectors) - set(dune.ALIASES):
-        raise Oops(f"the student has no projector for {t}: it has {', '.join(model.projectors)}")
-    return [Reader("encoder", model.encoder, model.encoder.patch_size, [model.encoder]) if t == "encoder" else
-            Reader(f"through {t}", read_through(model, t), model.encoder.patch_size, [model.encoder, model.projectors[t]]) for t in names]
-
-
-def teacher_reader(name, teacher, patch):
-    """A teacher on the token grid of this patch size, whatever its own is."""
-    return Reader(name, lambda x: teacher(x, (x.shape[-2] // patch, x.shape[-1] // patch)), patch, [teacher.vit])
-
-
-def student_of(args):
-    """(model or None, recipe, {teacher: weights}) of --run or --checkpoint."""
-    weights = dict(item.split("=", 1) for item in args.weights if "=" in item)
-    if len(weights) < len(args.weights):
-        raise Oops("--weights: write TEACHER=FILE")
-    source = f"{args.run}/checkpoint.pt" if args.run else args.checkpoint
-    if not source:
-        return None, {}, weights
-    model, file = dune.load(source).to(args.device), {} if source in dune.PUBLISHED_NAMES else dune.read_checkpoint(source)
-    return model, file["args"] if isinstance(file.get("args"), dict) else {}, {**file.get("weights", {}), **weights}
-
-
-def subject(args):
-    """(model or None, {teacher: FrozenTeacher}, image size): what pca, loss, spectrum and study look at. No --teacher: all of the student's."""
-    model, recipe, weights = student_of(args)
-    names = args.teacher or list(model.projectors if model else ())
-    if not names:
-        raise Oops("say what to look at: --run FOLDER, --checkpoint FILE or --teacher NAME")
-    teachers = {t: zoo.load_teacher(t, weights.get(t), args.device) for t in names}
-    patch = (model.encoder if model else next(iter(teachers.values()))).patch_size
-    return model, teachers, image_side(args, recipe, model, patch)
-
-
-def image_side(args, recipe, model, patch):
-    size = args.image_size or recipe.get("image_size") or (model.encoder.grid * patch if model else 336)
-    if size < patch or size % patch:
-        raise Oops(f"--image-size {size} is no multiple of the patch size {patch}: take {max(1, round(size / patch)) * patch}")
-    return size
-
-
-def readers_of(args):
-    """([Reader], image size): what the commands on real data look at. The student's encoder, or --through, and each --teacher."""
-    model, recipe, weights = student_of(args)
-    if not model and (args.through or not args.teacher):
-        raise Oops("say what to look at: --run FOLDER or --checkpoint FILE (with --through TEACHER if you like), --teacher NAME, or both")
-    teachers = {t: zoo.load_teacher(t, weights.get(t), args.device) for t in args.teacher}
-    patch = (model.encoder if model else next(iter(teachers.values()))).patch_size
-    readers = student_readers(model, args.through or ["encoder"]) if model else []
-    return readers + [teacher_reader(t, teacher, patch) for t, teacher in teachers.items()], image_side(args, recipe, model, patch)
-
-
-def output(args, suffix):
-    """Where a command writes: --out, or beside the run, or here, under the command's name."""
-    stem = re.sub(r"\.(png|json|ply|pt)$", "", args.out) if args.out else os.path.join(args.run or ".", args.command)
-    folder = os.path.dirname(stem) or "."
-    try:
-        os.makedirs(folder, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(13, "permission denied")
-    except OSError as error:
-        raise Oops(f"cannot write in {folder}: {error.strerror}; choose another --out") from None
-    return stem + suffix
-
-
-def table(rows, first="", spread=None):
-    """Print {row: {column: number or text}} aligned; spread: the same shape, printed behind a ±."""
-    def cell(r, c):
-        value, most = rows[r].get(c), max((abs(row[c]) for row in rows.values() if isinstance(row.get(c), (int, float))), default=0)
-        digits = 3 if most < 2 else 2 if most < 10 else 1
-        return "-" if value is None else value if isinstance(value, str) else f"{value:.{digits}f}" + (f" ±{spread[r][c]:.{digits}f}" if spread and c in spread[r] else "")
-    columns = list(dict.fromkeys(c for row in rows.values() for c in row))
-    lines = [[first, *columns]] + [[r, *(cell(r, c) for c in columns)] for r in rows]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines:
-        print(line[0].ljust(widths[0]), *(text.rjust(w + 1) for text, w in zip(line[1:], widths[1:])))
-
-
-def write_json(path, content):
-    """Write a result file; what is not a finite number is null."""
-    def clean(x):
-        if isinstance(x, dict):
-            return {k: clean(v) for k, v in x.items()}
-        if isinstance(x, (list, tuple)):
-            return [clean(v) for v in x]
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(path + ".part", "w") as file:
-        json.dump(clean(content), file, indent=1)
-    os.replace(path + ".part", path)
-    return path
-
-
-def mean_and_spread(values):
-    """{row: [{column: value} of each seed]} -> {row: {column: mean}}, {row: {column: standard deviation}}."""
-    return [{r: {c: float(f([row[c] for row in rows])) for c in rows[0]} for r, rows in values.items()} for f in (np.mean, np.std)]
-
-
-def report(args, size, rows, picture=None, spread=None, **more):
-    """The end of a command: the table, the JSON file, what was written."""
-    table(rows, f"{args.command}, {size} px", spread)
-    path = write_json(output(args, ".json"), {"command": args.command, "image_size": size, "results": rows, **more})
-    print(f"wrote {path}{f', {picture}' if picture else ''}")
-
-
-# ------------------------------------------------------------------------------------------ frozen features, and linear heads on them
+# ---- Folders of images -----------------------------------------------------------------------------------------------
 
 def extract(reader, samples, size, dense, batch=32):
-    """Frozen features of images, fp16, computed once: [n, 1 + N, D], class token (zeros if there is none) before the patch tokens;
-    dense=False: [n, 2, D], class token and the mean of the patch tokens. A memory map of a file in the cache folder.
+    """Frozen features of images, fp16: [n, 1 + N, D], the class token (zeros if there is none) before the patch tokens;
+    dense=False: [n, 2, D], the class token and the mean patch. A memory map of a file in the cache folder.
 
-    samples: (path, box (x0, y0, x1, y1) in pixels or None for the centre square), resized to size x size. Its name is a hash of the
-    weights, of each image's path, size and time of change, of the boxes and of the image size.
+    samples: (path, box (x0, y0, x1, y1) in pixels or None for the centre square), resized to size x size. The file's
+    name is a hash of the weights, of each image's path, size and time of change, of the boxes and of the image size.
     """
-    files = {path: [os.path.realpath(path), *data.stamp(path)] for path, _ in samples}
-    what = [reader.name.startswith("through"), reader.key, size, dense, [[*files[path], box] for path, box in samples]]
-    path = os.path.join(data.cache_folder(), "features", hashlib.sha1(json.dumps(what).encode()).hexdigest() + ".npy")
+    stamps = {path: [os.path.realpath(path), *data.stamp(path)] for path, _ in samples}
+    what = [reader.name, reader.key, size, dense, [[*stamps[path], box] for path, box in samples]]
+    path = f"{data.cache_folder()}/features/{hashlib.sha1(json.dumps(what).encode()).hexdigest()}.npy"
     if os.path.exists(path):
         return np.load(path, mmap_mode="r")
 
     def load(sample):
         image = data.load_image(sample[0])
         return data.crop_resize(image, sample[1] or data.centre(*image.size), size, size)
-    out = None
-    with ThreadPool(min(16, os.cpu_count())) as pool, tqdm(total=len(samples), desc=f"features of {reader.name}", unit=" images", leave=False) as bar:
-        for start in range(0, len(samples), batch):
-            x = reader(torch.stack(pool.map(load, samples[start:start + batch])))
+    parts = [samples[i:i + batch] for i in range(0, len(samples), batch)]
+    with dune.writing(path) as file, tqdm(total=len(samples), desc=f"features of {reader.name}", leave=False) as bar:
+        for images in read_ahead(load, parts):
+            x = reader(torch.stack(images))
             rest = x["patch"] if dense else x["patch"].mean(1, keepdim=True)
-            x = torch.cat([torch.zeros_like(rest[:, :1]) if x["cls"] is None else x["cls"][:, None], rest], 1)
-            if out is None:
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                need, free = 2 * len(samples) * x[0].numel(), shutil.disk_usage(os.path.dirname(path)).free
-                if need > free:
-                    raise Oops(f"the features need {need / 1e9:.1f} GB in {os.path.dirname(path)}, where {free / 1e9:.1f} are free: "
-                               f"set DUNE_CACHE to another folder, or take a smaller --image-size")
-                out = np.lib.format.open_memmap(path + ".part", "w+", np.float16, (len(samples), *x.shape[1:]))
-            out[start:start + len(x)] = x.clamp(-65504, 65504).cpu().numpy()
+            cls = torch.zeros_like(rest[:, :1]) if x["cls"] is None else x["cls"][:, None]
+            x = torch.cat([cls, rest], 1).clamp(-65504, 65504).half().cpu().numpy()
+            if bar.n == 0:
+                head = {"descr": "<f2", "fortran_order": False, "shape": (len(samples), *x.shape[1:])}
+                np.lib.format.write_array_header_1_0(file, head)
+            file.write(x.tobytes())
             bar.update(len(x))
-    out.flush()
-    os.replace(path + ".part", path)
     return np.load(path, mmap_mode="r")
 
+def read_ahead(read, batches):
+    """[read(item) of a batch] for each batch, by threads, the next batch while this one is in use."""
+    with ThreadPool(min(16, data.cores())) as pool:
+        ahead = None
+        for batch in itertools.chain(batches, [[]]):
+            ready, ahead = ahead, pool.map_async(read, batch)
+            if ready:
+                yield ready.get()
 
 def moments(x):
-    """Mean and std per channel of features [..., D] (a sample of them, if there are very many)."""
-    x = x[:: max(1, len(x) // 2000)]
-    x = (x if torch.is_tensor(x) else torch.from_numpy(np.array(x))).float().flatten(0, -2)
-    std, mean = torch.std_mean(x, 0, correction=0)
+    """Mean and std per channel of features [..., D] (of a sample of them, if there are very many)."""
+    x = x[::max(1, len(x) // 2000)]
+    x = x if torch.is_tensor(x) else torch.from_numpy(np.array(x))
+    std, mean = torch.std_mean(x.float().flatten(0, -2), 0, correction=0)
     return mean, std + 1e-6
 
+def listing(folder, suffixes=""):
+    """The names in a folder that are not hidden, sorted. Oops if it is none."""
+    if not folder or not os.path.isdir(folder):
+        raise Oops(f"{folder or 'nothing'} is not a folder: --train and --test want one, with a folder of images for "
+                   "each class, or with images/ and a folder of targets")
+    return sorted(f for f in os.listdir(folder) if f[0] != "." and f.lower().endswith(suffixes))
 
-def fit(head, loss, steps, rates, what=None):
-    """Train linear heads on frozen features: AdamW, one-cycle learning rate; loss(step) is what step minimises.
+# ---- Classification: k-NN, linear probe ------------------------------------------------------------------------------
 
-    rates: the learning rate, or one for each child of `head`: many probes trained at once. what: a name for the progress bar.
-    """
-    groups = [{"params": child.parameters(), "lr": r} for child, r in zip(head.children(), rates)] if isinstance(rates, (list, tuple)) else head.parameters()
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps + 1, pct_start=0.1)
-    for step in tqdm(range(steps), what, leave=False, disable=what is None):
-        optimizer.zero_grad()
-        loss(step).backward()
-        optimizer.step()
-        schedule.step()
-    return head.eval()
-
-
-# ------------------------------------------------------------------------------------------------- classification: k-NN, linear probe
-
-def class_folders(path, names=None):
-    """(paths, labels [n], class names) of a folder with one folder of images for each class. names: the classes there must be."""
-    if not path or not os.path.isdir(path):
-        raise Oops(f"{path or 'nothing'} is not a folder: --train and --test want one with a folder of images for each class")
-    found = sorted(f for f in os.listdir(path) if f[0] != "." and os.path.isdir(os.path.join(path, f)))
-    unknown = [f for f in found if names and f not in names]
-    if unknown or len(names or found) < 2:
-        raise Oops(f"{path}: the class {unknown[0]} is not among those of --train" if unknown else f"{path} must hold a folder for each of at least two classes")
-    paths, labels = [], []
-    for name in found:
-        images = sorted(os.path.join(path, name, f) for f in os.listdir(os.path.join(path, name)) if f.lower().endswith(data.SUFFIXES) and f[0] != ".")
-        if not images:
-            raise Oops(f"the class {os.path.join(path, name)} is empty: add images ({' '.join(data.SUFFIXES)}) or remove the folder")
-        paths += images
-        labels += [(names or found).index(name)] * len(images)
-    return paths, torch.tensor(labels), names or found
-
-
-def knn(train, labels, test, classes, k=20, temperature=0.07):
-    """Scores [m, classes] of DINO's weighted k-NN: each of the k nearest (cosine) of train [n, D] votes with exp(similarity / temperature)."""
-    train, scores = F.normalize(train, dim=-1), []
-    for part in F.normalize(test, dim=-1).split(256):
-        near, index = (part @ train.T).topk(min(k, len(train)))
-        scores.append(torch.zeros(len(part), classes, device=train.device).scatter_add_(1, labels.to(train.device)[index], (near / temperature).exp()))
-    return torch.cat(scores)
-
-
-def top(scores, labels):
-    """{"top-1", "top-5"} in % of scores [m, classes]."""
-    hit = scores.topk(min(5, scores.shape[1])).indices == labels.to(scores.device)[:, None]
-    return {"top-1": 100 * hit[:, 0].float().mean().item(), "top-5": 100 * hit.any(1).float().mean().item()}
-
-
-def classification(args, judge):
-    """The common part of knn and linear: judge(train features, labels, test features, labels, classes) -> {column: value} for each reader."""
-    train, train_labels, names = class_folders(args.train)
-    test, test_labels, _ = class_folders(args.test, names)
-    readers, size = readers_of(args)
+def command_classify(args):
+    train, labels, names = class_folders(args.train)
+    test, truth, _ = class_folders(args.test, names)
+    look = subject(args, every_teacher=False)
+    labels, truth = labels.to(look.device), truth.to(look.device)
     rows = {}
-    for reader in readers:
-        has_cls = reader(torch.zeros(1, 3, size, size, dtype=torch.uint8))["cls"] is not None
+    for reader in look.readers:
+        has_cls = reader(torch.zeros(1, 3, look.size, look.size, dtype=torch.uint8))["cls"] is not None
         token = args.token or ("cls" if has_cls else "patch")
         if token != "patch" and not has_cls:
             raise Oops(f"{reader.name} has no class token: take --token patch")
-        pick = {"cls": slice(0, 1), "patch": slice(1, 2), "both": slice(0, 2)}[token]
-        x, y = (torch.from_numpy(np.array(extract(reader, [(p, None) for p in paths], size, dense=False)[:, pick])).float().flatten(1).to(args.device)
-                for paths in (train, test))
-        rows[reader.name] = {**judge(x, train_labels, y, test_labels, len(names)), "token": token}
-    report(args, size, rows, train=args.train, test=args.test, images=[len(train), len(test)])
+        columns = {"cls": slice(0, 1), "patch": slice(1, 2), "both": slice(0, 2)}[token]
+        x, y = (extract(reader, [(path, None) for path in paths], look.size, dense=False) for paths in (train, test))
+        x, y = (torch.from_numpy(np.array(z[:, columns])).float().flatten(1).to(look.device) for z in (x, y))
+        if args.command == "knn":
+            rows[reader.name] = top(knn(x, labels, y, len(names), args.k, args.temperature), truth)
+        else:
+            scores, rate = linear_probe(x, labels, y, len(names), args.steps, args.seed)
+            rows[reader.name] = {**top(scores, truth), "lr": f"{rate:g}"}
+        rows[reader.name]["token"] = token
+    report(args, look, rows, train=args.train, test=args.test, images=[len(train), len(test)])
 
+def knn(train, labels, test, classes, k=20, temperature=0.07):
+    """Scores [m, classes] of DINO's weighted k-NN: each of the k nearest (cosine) of train [n, D] votes with
+    exp(similarity / temperature)."""
+    train = F.normalize(train, dim=-1)
+    scores = []
+    for part in F.normalize(test, dim=-1).split(256):
+        near, index = (part @ train.T).topk(min(k, len(train)))
+        votes = torch.zeros(len(part), classes, device=train.device)
+        scores.append(votes.scatter_add_(1, labels[index], (near / temperature).exp()))
+    return torch.cat(scores)
 
-def command_knn(args):
-    """ImageNet-style folders: weighted k-NN as DINO does it, top-1 and top-5."""
-    classification(args, lambda x, a, y, b, classes: top(knn(x, a, y, classes, args.k, args.temperature), b))
+def top(scores, labels):
+    """{"top-1", "top-5"} in % of scores [m, classes]."""
+    hit = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
+    return {"top-1": 100 * hit[:, 0].float().mean().item(), "top-5": 100 * hit.any(1).float().mean().item()}
 
+def linear_probe(x, labels, y, classes, steps, seed, rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2)):
+    """(scores [m, classes] of y, rate) of the best, on a tenth of x, of linear heads trained at these rates."""
+    torch.manual_seed(seed)
+    mean, std = moments(x)
+    x, y = (x - mean) / std, (y - mean) / std
+    held, rest = torch.randperm(len(x)).tensor_split([max(1, len(x) // 10)])
+    heads = [nn.Linear(x.shape[1], classes).to(x.device) for _ in rates]
 
-def command_linear(args):
-    """ImageNet-style folders: linear probes at several learning rates trained at once, the best on a tenth of the training set."""
-    rates = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+    def loss(step):
+        rows = rest[torch.randint(len(rest), (min(1024, len(rest)),))]
+        return sum(F.cross_entropy(head(x[rows]), labels[rows]) for head in heads)
+    groups = [{"params": list(head.parameters()), "lr": rate} for head, rate in zip(heads, rates)]
+    zoo.fit(groups, loss, steps, max(rates), what="linear probes")
+    with torch.no_grad():
+        losses = [F.cross_entropy(head(x[held]), labels[held]).item() for head in heads]
+        best = losses.index(min(losses))
+        return heads[best](y), rates[best]
 
-    def judge(x, a, y, b, classes):
-        torch.manual_seed(args.seed)
-        mean, std = moments(x.cpu())
-        x, y, a = ((z - mean.to(z.device)) / std.to(z.device) for z in (x, y)), None, a.to(args.device)
-        x, y = x
-        order = torch.randperm(len(x))
-        held, rest = order[:max(1, len(x) // 10)], order[max(1, len(x) // 10):]
-        heads = nn.ModuleList(nn.Linear(x.shape[1], classes) for _ in rates).to(args.device)
+def class_folders(path, names=None):
+    """(paths, labels [n], class names) of a folder with one folder of images for each class; names: those allowed."""
+    found = [f for f in listing(path) if os.path.isdir(os.path.join(path, f))]
+    for name in set(found) - set(names or found):
+        raise Oops(f"{path}: the class {name} is not among those of --train")
+    if len(found) < (1 if names else 2):
+        raise Oops(f"{path} must hold a folder for each of at least two classes")
+    paths, labels, names = [], [], names or found
+    for name in found:
+        images = [os.path.join(path, name, f) for f in listing(os.path.join(path, name), data.SUFFIXES)]
+        if not images:
+            raise Oops(f"the class {path}/{name} is empty: add images ({' '.join(data.SUFFIXES)}) or remove the folder")
+        paths += images
+        labels += [names.index(name)] * len(images)
+    return paths, torch.tensor(labels), names
 
-        def loss(step):
-            rows = rest[torch.randint(len(rest), (min(1024, len(rest)),))]
-            return sum(F.cross_entropy(head(x[rows]), a[rows]) for head in heads)
-        fit(heads, loss, args.steps, rates, "linear probes")
-        with torch.no_grad():
-            best = max(range(len(rates)), key=lambda i: -F.cross_entropy(heads[i](x[held]), a[held]).item())
-            return {**top(heads[best](y), b), "lr": f"{rates[best]:g}"}
-    classification(args, judge)
-
-
-# --------------------------------------------------------------------------------------------------- dense: segmentation, depth
-
-def find_pairs(folder, names):
-    """[(image, target)] by file stem: folder/images beside folder/NAME, or ADE20K's layout: …/images/x beside …/NAME/x. Oops if they do not pair."""
-    if not folder or not os.path.isdir(folder):
-        raise Oops(f"{folder or 'nothing'} is not a folder: --train and --test want one that holds images/ and {names[0]}/")
-    at = os.path.abspath(folder)
-    inside, head, sep, tail = os.path.isdir(os.path.join(at, "images")), *at.rpartition(f"{os.sep}images")
-    images = os.path.join(at, "images") if inside else at
-    places = [os.path.join(at, n) if inside else f"{head}{os.sep}{n}{tail}" for n in names]
-    targets = next((p for p in places if os.path.isdir(p)), None)
-    if targets is None or not (inside or sep):
-        raise Oops(f"{folder}: expected the folders images/ and {' or '.join(f'{n}/' for n in names)} in it")
-    a, b = ({os.path.splitext(f)[0]: os.path.join(p, f) for f in sorted(os.listdir(p)) if f.lower().endswith(s) and f[0] != "."}
-            for p, s in ((images, data.SUFFIXES), (targets, (".png", ".npy"))))
-    if a.keys() != b.keys() or not a:
-        alone = sorted(a.keys() ^ b.keys())
-        raise Oops(f"{images} holds {len(a)} images, {targets} {len(b)} targets; " + (f"'{alone[0]}' has no partner" if alone else "add some"))
-    return [(a[stem], b[stem]) for stem in sorted(a)]
-
-
-def read_array(path):
-    """An index or 16-bit PNG, or an .npy, as a 2-D array."""
-    try:
-        array = np.load(path) if path.endswith(".npy") else np.asarray(Image.open(path))
-    except Exception as error:
-        raise Oops(f"cannot read {path}: {data.reason(error)}") from None
-    if array.ndim != 2 or array.dtype.kind not in "buif":
-        raise Oops(f"{path} holds {list(array.shape)} values of {array.dtype}; expected one number for each pixel")
-    return array
-
-
-def read_target(image_path, path, warned):
-    """read_array(path) as a tensor [H, W] of the image's size. Another size of the same shape is resized (nearest) with one warning for all."""
-    with Image.open(image_path) as image:
-        width, height = image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size
-    target = torch.from_numpy(read_array(path).astype(np.float32))
-    h, w = target.shape
-    if abs(math.log(w * height / (h * width))) > 0.03:
-        raise Oops(f"{path} is {w}x{h}, its image {width}x{height}: of another shape, so not of this image")
-    if (h, w) != (height, width) and not warned:
-        warned.add(1)
-        print(f"warning: {path} is {w}x{h}, its image {width}x{height}: such targets are resized", file=sys.stderr)
-    return F.interpolate(target[None, None], (height, width), mode="nearest-exact")[0, 0]
-
-
-def windows(width, height, sliding):
-    """Boxes (x0, y0, x1, y1) that an image is seen through: the whole of it (squeezed to a square), or squares of its short side along the
-    long one that overlap by at least a third."""
-    if not sliding:
-        return [(0, 0, width, height)]
-    side, slack = min(width, height), abs(width - height)
-    n = 1 + math.ceil(slack / (side * 2 / 3))
-    starts = [round(i * slack / max(1, n - 1)) for i in range(n)]
-    return [(s, 0, s + side, side) if width > height else (0, s, side, s + side) for s in starts]
-
+# ---- Dense: segmentation, depth --------------------------------------------------------------------------------------
 
 class DenseHead(nn.Module):
-    """One linear layer on standardised patch tokens [b, N, D] -> maps [b, C, h, w]: class logits, or with bins (their centres) depth in metres,
-    the mean of the bins under the layer's weights, as DINOv2's linear depth head."""
+    """One linear layer on standardised patch tokens [b, N, D] -> maps [b, C, h, w]: class logits, or with bins (their
+    centres) depth in metres, the mean of the bins under the layer's weights, as DINOv2's linear depth head."""
 
     def __init__(self, features, outputs, bins=None):
         super().__init__()
         mean, std = moments(features[:, 1:])
         self.linear = nn.Linear(len(mean), outputs)
-        for name, value in (("mean", mean), ("std", std), ("bins", bins)):
-            self.register_buffer(name, value)
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+        self.register_buffer("bins", bins)
 
     def forward(self, tokens, size):
         side = math.isqrt(tokens.shape[1])
-        maps = self.linear((tokens - self.mean) / self.std).transpose(1, 2).unflatten(2, (side, side))
+        maps = self.linear((tokens - self.mean) / self.std).mT.unflatten(2, (side, side))
         if self.bins is not None:
             weight = maps.relu() + 0.1
             maps = (weight * self.bins[:, None, None]).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
         return F.interpolate(maps, size, mode="bilinear")
 
+def labelled_images(args, folders, read):
+    """For --train and for --test: [(path, target [H, W], boxes (x0, y0, x1, y1) that the image is seen through)].
 
-def dense(args, names, read, outputs, bins, loss_of):
-    """The common part of seg and depth: yields (reader name, size, image path, truth [H, W], prediction [C or 1, H, W]) for each test image.
-
-    read(image path, target path) -> [H, W]; outputs(training targets): how many the head has; loss_of(maps [b, C, h, w], truth [b, h, w]).
+    folders: what that of the targets may be called; read(image path, target path) -> [H, W].
     """
-    sets = {}
-    for split in ("train", "test"):
-        pairs = find_pairs(getattr(args, split), names)
-        truth = [read(*pair) for pair in tqdm(pairs, f"targets of {split}", leave=False)]
-        sets[split] = [(image, y, windows(*y.shape[::-1], args.sliding)) for (image, _), y in zip(pairs, truth)]
-    readers, size = readers_of(args)
-    for reader in readers:
-        side = 4 * size // reader.patch_size
-        features = {split: extract(reader, [(image, box) for image, _, boxes in items for box in boxes], size, dense=True) for split, items in sets.items()}
-        small = torch.stack([F.interpolate(y[None, None, y0:y1, x0:x1], (side, side), mode="nearest-exact")[0, 0]
-                             for _, y, boxes in sets["train"] for x0, y0, x1, y1 in boxes])
-        torch.manual_seed(args.seed)
-        head = DenseHead(features["train"], outputs(small), bins).to(args.device)
+    def item(pair):
+        target = read(*pair)
+        return pair[0], target, windows(*target.shape[::-1], args.sliding, pair[0])
+    return list(read_ahead(item, [find_pairs(folder, folders) for folder in (args.train, args.test)]))
 
-        def tokens(rows):
-            return torch.from_numpy(features_of[rows][:, 1:]).float().to(args.device)
+def dense(args, look, train, test, outputs, bins, loss_of):
+    """The common part of seg and depth: trains a head on each reader's features of `train` and yields (reader's name,
+    path, target [H, W], maps [C, H, W]) of each image of `test`.
+
+    outputs, bins: see DenseHead; loss_of(maps [b, C, h, w], targets [b, h, w]).
+    """
+    for reader in look.readers:
+        side = 4 * look.size // reader.patch_size
+        small = torch.stack([nearest_size(target[y0:y1, x0:x1], (side, side))
+                             for _, target, boxes in train for x0, y0, x1, y1 in boxes])
+        x, y = (extract(reader, [(path, box) for path, _, boxes in part for box in boxes], look.size, dense=True)
+                for part in (train, test))
+        torch.manual_seed(args.seed)
+        head = DenseHead(x, outputs, bins).to(look.device)
+
+        def maps_of(features, size):
+            return head(torch.from_numpy(np.array(features[:, 1:])).float().to(look.device), size)
 
         def loss(step):
             rows = torch.randperm(len(small))[:16].sort().values
-            return loss_of(head(tokens(rows.numpy()), (side, side)), small[rows].to(args.device))
-        features_of = features["train"]
-        fit(head, loss, args.steps, 3e-3, f"{args.command} head on {reader.name}")
-        features_of, row = features["test"], 0
-        for image, y, boxes in tqdm(sets["test"], f"{args.command}, {reader.name}", unit=" images", leave=False):
-            total, seen = 0, torch.zeros(y.shape)
+            return loss_of(maps_of(x[rows.numpy()], (side, side)), small[rows].to(look.device))
+        zoo.fit(list(head.parameters()), loss, args.steps, 3e-3, what=f"{args.command} head on {reader.name}")
+        rows = iter(y)
+        for path, target, boxes in tqdm(test, f"{args.command}, {reader.name}", unit=" images", leave=False):
+            total, seen = 0, torch.zeros(target.shape)
             for x0, y0, x1, y1 in boxes:
                 with torch.no_grad():
-                    maps = head(tokens(np.arange(row, row + 1)), (y1 - y0, x1 - x0))[0].cpu()
+                    maps = maps_of(next(rows)[None], (y1 - y0, x1 - x0))[0].cpu()
                 maps = maps.softmax(0) if bins is None else maps
-                total = total + F.pad(maps, (x0, y.shape[1] - x1, y0, y.shape[0] - y1))
+                total = total + F.pad(maps, (x0, target.shape[1] - x1, y0, target.shape[0] - y1))
                 seen[y0:y1, x0:x1] += 1
-                row += 1
-            yield reader.name, size, image, y, total / seen
+            yield reader.name, path, target, total / seen
 
+def windows(width, height, sliding, path=""):
+    """Boxes that an image is seen through: the whole of it (squeezed to a square), or squares of its short side along
+    the long one that overlap by at least a third."""
+    if not sliding:
+        return [(0, 0, width, height)]
+    side, slack = min(width, height), abs(width - height)
+    n = 1 + math.ceil(slack / (side * 2 / 3))
+    if n > 100:
+        raise Oops(f"{path} is {width}x{height}: too long for --sliding, which would need {n} windows")
+    starts = [round(i * slack / max(1, n - 1)) for i in range(n)]
+    return [(s, 0, s + side, side) if width > height else (0, s, side, s + side) for s in starts]
+
+def find_pairs(folder, names):
+    """[(image, target)] by file stem: folder/images beside folder/NAME, or ADE20K's layout, images/x beside NAME/x."""
+    at = os.path.abspath(folder or "")
+    if "images" in listing(folder):
+        at = os.path.join(at, "images")
+    head, found, tail = at.rpartition(f"{os.sep}images")
+    places = [f"{head}{os.sep}{name}{tail}" for name in names if os.path.isdir(f"{head}{os.sep}{name}{tail}")]
+    if not found or not places:
+        raise Oops(f"{folder}: expected the folders images/ and {' or '.join(f'{name}/' for name in names)} in it")
+    images, targets = ({os.path.splitext(f)[0]: os.path.join(place, f) for f in listing(place, suffixes)}
+                       for place, suffixes in ((at, data.SUFFIXES), (places[0], (".png", ".npy"))))
+    alone = sorted(images.keys() ^ targets.keys())
+    if alone or not images:
+        what = f"'{alone[0]}' has no partner" if alone else "add some"
+        raise Oops(f"{at} holds {len(images)} images, {places[0]} {len(targets)} targets; {what}")
+    return [(images[stem], targets[stem]) for stem in sorted(images)]
+
+def read_target(image_path, path, warned):
+    """read_array(path) as a tensor [H, W], fp64, of the image's size. Another size of the same shape is resized
+    (nearest) with one warning for all, which the set `warned` remembers."""
+    width, height = data.load_image(image_path).size
+    target = torch.from_numpy(read_array(path).astype(np.float64))
+    h, w = target.shape
+    sizes = f"{path} is {w}x{h}, its image {width}x{height}"
+    if abs(math.log(w * height / (h * width))) > 0.03:
+        raise Oops(f"{sizes}: of another shape, so not of this image")
+    if (h, w) != (height, width) and not warned:
+        warned.add(path)
+        print(f"warning: {sizes}: such targets are resized", file=sys.stderr)
+    return nearest_size(target, (height, width))
+
+def nearest_size(target, size):
+    return F.interpolate(target[None, None], size, mode="nearest-exact")[0, 0]
+
+def command_seg(args):
+    warned = set()
+
+    def read(image, path):
+        y = read_target(image, path, warned)
+        y = torch.where(torch.isin(y, torch.tensor(args.ignore, dtype=y.dtype)), -1, y)
+        if not ((y == y.round()) & (y >= -1) & (y < MOST_CLASSES)).all():
+            raise Oops(f"{path} holds values that are no labels: whole numbers from 0 to {MOST_CLASSES - 1}")
+        return y.float()
+
+    def loss(maps, y):
+        return F.cross_entropy(maps, y.long(), ignore_index=-1, reduction="sum") / (y >= 0).sum().clamp(min=1)
+    train, test = labelled_images(args, ("masks", "annotations", "labels"), read)
+    classes = count_classes(args, train, test)
+    look = subject(args, every_teacher=False)
+    counts, pictures = {}, {}
+    for name, path, target, maps in dense(args, look, train, test, classes, None, loss):
+        guess, truth = maps.argmax(0), target.long()
+        both = torch.bincount((truth * classes + guess)[truth >= 0], minlength=classes**2)
+        counts[name] = counts.get(name, 0) + both.view(classes, classes)
+        if len(pictures.setdefault(name, [])) < PICTURES:
+            pictures[name].append((path, *(palette(classes)[small(x.numpy())] for x in (truth, guess))))
+    iou = {name: 100 * class_iou(count) for name, count in counts.items()}
+    right = {name: 100 * (count.diag().sum() / count.sum()).item() for name, count in counts.items()}
+    rows = {name: {"mIoU": x.nanmean().item(), "pixel accuracy": right[name]} for name, x in iou.items()}
+    report(args, look, rows, side_by_side(args, pictures), classes={name: x.tolist() for name, x in iou.items()})
+
+MOST_CLASSES, PICTURES = 10_000, 4
+
+def count_classes(args, train, test):
+    """--classes, or as many as the training masks show. Oops if a mask shows more, or all pixels are ignored."""
+    highest = [max((int(target.max()), path) for path, target, _ in part) for part in (train, test)]
+    if min(highest)[0] < 0:
+        raise Oops(f"{args.train} or {args.test}: every pixel is ignored (--ignore {' '.join(map(str, args.ignore))})")
+    classes = args.classes or highest[0][0] + 1
+    label, path = max(highest)
+    if label >= classes:
+        raise Oops(f"the mask of {path} holds the label {label}, but there are {classes} classes: "
+                   f"--classes {label + 1}, or --ignore {label}")
+    return classes
 
 def class_iou(confusion):
     """IoU of each class [C] from counts [truth, prediction]; NaN for a class that the truth does not hold."""
     hit, truth = confusion.diag().double(), confusion.sum(1)
     return torch.where(truth > 0, hit / (confusion.sum(0) + truth - hit), math.nan)
 
-
-def palette(n):
-    """uint8 [n + 1, 3]: colours that differ, the last one (of what is ignored) black."""
-    hue = np.arange(n) * 0.381966 % 1
-    channels = [np.clip(np.abs((hue * 6 - shift) % 6 - 3) - 1, 0, 1) for shift in (0, 2, 4)]
-    return np.append((np.stack(channels, 1) * (0.95 - 0.35 * (np.arange(n) % 3)[:, None] / 2) * 255).astype(np.uint8), np.zeros((1, 3), np.uint8), 0)
-
-
-def small_picture(image):
-    """uint8 [h, w, 3] with its longest side at most 256: for contact sheets, by leaving out pixels."""
-    step = max(1, math.ceil(max(image.shape[:2]) / 256))
-    return image[::step, ::step]
-
-
-def side_by_side(pictures, path):
-    """Write {row of the table: [(image path, truth, prediction)]}: one picture row per image, one prediction per reader."""
-    per_image = list(zip(*pictures.values()))
-    rows = [[small_picture(x) for x in (np.asarray(data.load_image(same[0][0])), same[0][1], *(p[2] for p in same))] for same in per_image]
-    data.contact_sheet(rows, path, columns=["image", "truth", *pictures])
-    return path
-
-
-def command_seg(args):
-    """Images and index masks: a linear head on patch tokens; mIoU, IoU of each class, and a picture."""
-    counts, pictures, classes, warned = {}, {}, args.classes, set()
+def command_depth(args):
+    low, high = 1e-3, args.max_depth
+    warned = set()
 
     def read(image, path):
-        y = read_target(image, path, warned)
-        return torch.where(torch.isin(y, torch.tensor(args.ignore, dtype=y.dtype)), -1, y)
+        y = read_target(image, path, warned) / (1 if path.endswith(".npy") else args.depth_scale)
+        y = torch.where(y.isfinite() & (y > low) & (y <= high), y, 0).float()
+        if not y.any():
+            raise Oops(f"{path} holds no depth between 0 and {high:g} m: is --depth-scale {args.depth_scale:g} "
+                       "(units per metre) right, or --max-depth?")
+        return y
+    train, test = labelled_images(args, ("depth", "depths"), read)
+    look = subject(args, every_teacher=False)
+    errors, pictures = {}, {}
+    for name, path, truth, maps in dense(args, look, train, test, 256, torch.linspace(low, high, 256), silog):
+        errors.setdefault(name, []).append(depth_errors(maps[0], truth))
+        span = truth[truth > 0].min().item(), truth.max().item()
+        if len(pictures.setdefault(name, [])) < PICTURES:
+            pictures[name].append((path, *(depth_colours(small(x), *span) for x in (truth, maps[0]))))
+    report(args, look, mean_and_spread(errors)[0], side_by_side(args, pictures))
 
-    def outputs(y):
-        nonlocal classes
-        top_label = int(y.max())
-        if top_label < 0:
-            raise Oops(f"{args.train}: every pixel is ignored (--ignore {' '.join(map(str, args.ignore))})")
-        classes = args.classes or top_label + 1
-        if top_label >= classes:
-            raise Oops(f"{args.train} holds the label {top_label}, but --classes {classes} ends at {classes - 1}: more classes, or --ignore {top_label}")
-        return classes
-    for name, size, image, y, maps in dense(args, ("masks", "annotations", "labels"), read, outputs, None,
-                                            lambda maps, y: F.cross_entropy(maps, y.long(), ignore_index=-1, reduction="sum") / (y >= 0).sum().clamp(min=1)):
-        guess, truth = maps.argmax(0), y.long()
-        if truth.max() >= classes:
-            raise Oops(f"the mask of {image} holds the label {truth.max()}, but there are {classes} classes: --classes {truth.max() + 1}, or --ignore {truth.max()}")
-        valid = truth >= 0
-        counts[name] = counts.get(name, 0) + torch.bincount(truth[valid] * classes + guess[valid], minlength=classes**2).view(classes, classes)
-        if len(pictures.setdefault(name, [])) < 4:
-            pictures[name].append((image, *(palette(classes)[x.numpy()] for x in (truth, guess))))
-    iou = {name: 100 * class_iou(c) for name, c in counts.items()}
-    absent = [c for c in range(classes) if all(count[c].sum() == 0 for count in counts.values())]
-    if absent:
-        print(f"{len(absent)} of {classes} classes are in no test mask (the first: {absent[0]})")
-    rows = {name: {"mIoU": x[~x.isnan()].mean().item(), "pixel accuracy": 100 * (counts[name].diag().sum() / counts[name].sum()).item()} for name, x in iou.items()}
-    report(args, size, rows, side_by_side(pictures, output(args, ".png")), classes={name: x.tolist() for name, x in iou.items()})
-
+def silog(guess, truth):
+    """Scale-invariant log loss (Eigen et al. 2014) over the measured pixels: guess [b, 1, h, w], truth [b, h, w]."""
+    gap = (guess[:, 0].log() - truth.clamp(min=1e-3).log())[truth > 0]
+    if len(gap) == 0:
+        return guess.sum() * 0
+    return (gap.square().mean() - 0.5 * gap.mean().square() + 1e-8).sqrt()
 
 def depth_errors(guess, truth):
     """{"RMSE" (m), "AbsRel", "delta1" (%)} over the pixels with truth > 0."""
@@ -684,621 +625,205 @@ def depth_errors(guess, truth):
     return {"RMSE": (g - t).square().mean().sqrt().item(), "AbsRel": ((g - t).abs() / t).mean().item(),
             "delta1": 100 * (torch.maximum(g / t, t / g) < 1.25).double().mean().item()}
 
+# ---- Matching --------------------------------------------------------------------------------------------------------
 
-def depth_colours(depth, low, high):
-    """[H, W] metres -> uint8 [H, W, 3], near is warm; nothing measured is black."""
-    x = 1 - ((depth.clamp(low, high).log() - math.log(low)) / max(1e-6, math.log(high / low)))
-    stops = np.array([[48, 18, 90], [40, 100, 230], [30, 200, 160], [200, 225, 60], [250, 130, 30], [150, 10, 10]])
-    colours = np.stack([np.interp(x.numpy(), np.linspace(0, 1, 6), stops[:, c]) for c in range(3)], -1)
-    return (colours * (depth > 0).numpy()[..., None]).astype(np.uint8)
+@dataclass
+class Matches:
+    """Mutual nearest neighbours of the patch features of two images A and B."""
+    a: torch.Tensor           # places in A [m, 2], (x, y) fractions of its sides
+    b: torch.Tensor           # in B
+    similarity: torch.Tensor  # [m], cosine
+    error: torch.Tensor       # [m]: distance from the truth as a share of B's longer side, NaN where it is not known
+    findable: int             # of how many places of A, matched or not, it is known
 
-
-def silog(guess, truth):
-    """Scale-invariant log loss (Eigen et al. 2014) over the measured pixels: guess [b, 1, h, w], truth [b, h, w]."""
-    gap = (guess[:, 0].log() - truth.clamp(min=1e-3).log())[truth > 0]
-    return (gap.square().mean() - 0.5 * gap.mean().square() + 1e-8).sqrt() if len(gap) else guess.sum() * 0
-
-
-def command_depth(args):
-    """Images and depth (16-bit PNG / --depth-scale, or .npy in metres; 0: not measured): a linear head with 256 bins; RMSE, AbsRel, delta1, a picture."""
-    low, high = 1e-3, args.max_depth
-    errors, pictures, warned = {}, {}, set()
-
-    def read(image, path):
-        y = read_target(image, path, warned) / (1 if path.endswith(".npy") else args.depth_scale)
-        y = torch.where(y.isfinite() & (y > low) & (y <= high), y, 0)
-        if not (y > 0).any():
-            raise Oops(f"{path} holds no depth between 0 and {high:g} m: is --depth-scale {args.depth_scale:g} (units per metre) right, or --max-depth?")
-        return y
-    for name, size, image, y, guess in dense(args, ("depth", "depths"), read, lambda y: 256, torch.linspace(low, high, 256), silog):
-        errors.setdefault(name, []).append(depth_errors(guess[0], y))
-        if len(pictures.setdefault(name, [])) < 4:
-            span = y[y > 0].min().item(), y.max().item()
-            pictures[name].append((image, *(depth_colours(x, *span) for x in (y, guess[0]))))
-    rows = {name: {k: float(np.mean([e[k] for e in each])) for k in each[0]} for name, each in errors.items()}
-    report(args, size, rows, side_by_side(pictures, output(args, ".png")))
-
-
-# ---------------------------------------------------------------------------------------------------------------- matching
-
-def nearest(a, b):
-    """For each row of a [n, D]: the largest dot product with a row of b [m, D], and which row that is. In parts: the whole matrix may be large."""
-    best = [(part @ b.T).max(1) for part in a.split(max(1, 2**26 // len(b)))]
-    return torch.cat([x.values for x in best]), torch.cat([x.indices for x in best])
-
-
-def match(reader, images, upsample=1):
-    """Mutual nearest neighbours (cosine) of two images' patch features: (places in a, places in b, similarity), places [m, 2] as (x, y)
-    fractions of the sides. images: two uint8 [3, H, W]; upsample: features are interpolated to a grid so many times finer first."""
+def match(reader, images, flow, size, upsample=1):
+    """The Matches of two uint8 images [3, H, W], judged by a flow map, see follow(); size (width, height): that of B of
+    which the flow speaks; upsample: features are interpolated to a grid so many times finer first."""
     flat, places = [], []
     for image in images:
         rows, cols = (side // reader.patch_size for side in image.shape[1:])
-        x = reader(image[None])["patch"].transpose(1, 2).unflatten(2, (rows, cols))
+        x = reader(image[None])["patch"].mT.unflatten(2, (rows, cols))
         x = F.interpolate(x, scale_factor=upsample, mode="bilinear") if upsample > 1 else x
         flat.append(F.normalize(x[0].flatten(1).T, dim=-1))
         places.append(zoo.centres(*x.shape[-2:]))
+    similarity, there = (x.cpu() for x in nearest(flat[0], flat[1]))
+    back = nearest(flat[1], flat[0])[1].cpu()
+    mutual = (back[there] == torch.arange(len(there))).nonzero()[:, 0]
+    size = torch.tensor(size)
+    goal = follow(flow, places[0], size)
+    b = places[1][there[mutual]]
+    error = ((b - goal[mutual]) * size).norm(dim=1) / size.max()
+    return Matches(places[0][mutual], b, similarity[mutual], error, int(goal.isfinite().all(1).sum()))
 
-    (similarity, ab), (_, ba) = ([x.cpu() for x in nearest(*pair)] for pair in (flat, flat[::-1]))
-    mutual = (ba[ab] == torch.arange(len(ab))).nonzero()[:, 0]
-    return places[0][mutual], places[1][ab[mutual]], similarity[mutual]
+def nearest(a, b):
+    """For each row of a [n, D]: the largest dot product with a row of b [m, D], and which row that is."""
+    best = [(part @ b.T).max(1) for part in a.split(max(1, 2**26 // len(b)))]  # the whole matrix may be large
+    return torch.cat([x.values for x in best]), torch.cat([x.indices for x in best])
 
+def follow(flow, places, size):
+    """Where places [m, 2] of image A lie in image B, both fractions of the sides; NaN where it is not known or outside.
 
-def warp(places, sizes, truth):
-    """Where places [m, 2] (fractions) of image a are in image b by the ground truth: (fractions [m, 2], known [m] bool).
-
-    sizes: (width, height) of a and b; truth: {"homography": [3, 3] of pixels} or {"disparity": [h, w], x_b = x_a - d} or {"depth": [h, w] of a,
-    "camera": (K_a [3, 3], K_b [3, 3], a to b [4, 4])}, with "depth_b" what is hidden in b is told apart. Depth and disparity 0: unknown.
+    flow [H, W, 2]: for each pixel of A its place in B in pixels (x, y), whose centres are at integer + 0.5; NaN: not
+    known; None: nothing is. size [2] (width, height): B's.
     """
-    a, b = (torch.tensor(size, dtype=torch.float64) for size in sizes)
-    p = F.pad(places.double() * a, (0, 1), value=1.0)
+    if flow is None:
+        return torch.full_like(places, math.nan)
+    at = places * torch.tensor(flow.shape[1::-1])
+    x, y = at.long().unbind(1)
+    goal = (flow[y, x] + at - torch.stack([x, y], 1) - 0.5) / size  # a pixel's flow is that of its centre
+    return torch.where(((goal >= 0) & (goal < 1)).all(1, keepdim=True), goal, math.nan).float()
 
-    def look(array, at):  # the value of an array at fractions of its sides
-        array = torch.as_tensor(np.asarray(array, np.float64))
-        x, y = ((at[:, i] * n).long().clamp(0, n - 1) for i, n in ((0, array.shape[1]), (1, array.shape[0])))
-        return array[y, x]
-    known = torch.ones(len(p), dtype=torch.bool)
-    if "homography" in truth:
-        q = p @ torch.as_tensor(truth["homography"], dtype=torch.float64).T
-        known = q[:, 2] > 1e-9
-        q = q[:, :2] / q[:, 2:].clamp(min=1e-9)
-    elif "disparity" in truth:
-        d = look(truth["disparity"], places)
-        q, known = torch.stack([p[:, 0] - d, p[:, 1]], 1), d.isfinite() & (d > 0)
-    else:
-        ka, kb, move = (torch.as_tensor(np.asarray(m, np.float64)) for m in truth["camera"])
-        z = look(truth["depth"], places)
-        points = (p @ ka.inverse().T * z[:, None]) @ move[:3, :3].T + move[:3, 3]
-        q = points @ kb.T
-        known = z.isfinite() & (z > 0) & (points[:, 2] > 1e-6)
-        q = q[:, :2] / q[:, 2:].clamp(min=1e-6)
-        if "depth_b" in truth:  # hidden behind something else there
-            known &= (look(truth["depth_b"], (q / b).clamp(0, 1)) - points[:, 2]).abs() < 0.05 * points[:, 2]
-    q = q / b
-    return q, known & ((q >= 0) & (q < 1)).all(1)
-
-
-def match_errors(reader, images, sizes, truth, upsample):
-    """(places a, places b, similarity, error [m]: distance from the truth as a share of b's longer side, NaN where it is not known, and of how
-    many places of a, matched or not, it is known)."""
-    a, b, similarity = match(reader, images, upsample)
-    if not truth:
-        return a, b, similarity, torch.full((len(a),), math.nan), 0
-    everywhere = zoo.centres(*(upsample * (side // reader.patch_size) for side in images[0].shape[1:]))
-    goal, known = warp(a, sizes, truth)
-    gap = ((b.double() - goal) * torch.tensor(sizes[1], dtype=torch.float64)).norm(dim=1) / max(sizes[1])
-    return a, b, similarity, torch.where(known, gap, math.nan).float(), int(warp(everywhere, sizes, truth)[1].sum())
-
-
-def correct(error, findable, shares=(0.01, 0.03, 0.05)):
-    """{"1 %": …}: % of the matches whose truth is known that lie within these shares of the image side; "found": the last, as % of all places
-    that could have been matched."""
+def correct(found, shares=(0.01, 0.03, 0.05)):
+    """{"1 %": …} of [Matches]: % of the matches whose truth is known that lie within these shares of the image side;
+    "found": the last, as % of all places that could have been matched."""
+    error = torch.cat([matches.error for matches in found])
     known = error[~error.isnan()]
-    found = {f"{100 * s:g} %": 100 * (known <= s).float().mean().item() for s in shares} if len(known) else {}
-    return {**found, "found": 100 * (known <= shares[-1]).sum().item() / findable} if findable else {}
-
-
-def read_pairs(args):
-    """[(path a, path b, truth)] of --pair A B [WORD=FILE …], or of --pairs, a file with such lines. Paths in it are relative to it."""
-    if args.pair and args.pairs:
-        raise Oops("eval.py match takes --pair A B [homography=FILE | disparity=FILE | depth=FILE camera=FILE [depth_b=FILE]], or --pairs LIST with such lines, not both")
-    lines, home = [args.pair], ""
-    if args.pairs:
-        if not os.path.isfile(args.pairs):
-            raise Oops(f"{args.pairs} does not exist: --pairs wants a text file, each line: A B homography=FILE")
-        home = os.path.dirname(args.pairs)
-        with open(args.pairs) as file:
-            lines = [line.split() for line in file if line.strip() and line[0] != "#"]
-    found = []
-    for line in lines:
-        images, truth = [os.path.join(home, w) for w in line if "=" not in w], {}
-        for word, path in (w.split("=", 1) for w in line if "=" in w):
-            truth[word] = path = os.path.join(home, path)
-            if word in ("homography", "camera"):
-                try:
-                    with open(path) as file:
-                        numbers = np.array(file.read().replace(",", " ").split(), float)
-                    truth[word] = numbers.reshape(3, 3) if word == "homography" else (numbers[:9].reshape(3, 3), numbers[9:18].reshape(3, 3), numbers[18:].reshape(4, 4))
-                except (OSError, ValueError) as error:
-                    raise Oops(f"{path} must hold {'9 numbers' if word == 'homography' else 'K of a, K of b (3x3), a to b (4x4)'}: {data.reason(error)}") from None
-            elif word in ("disparity", "depth", "depth_b"):
-                truth[word] = read_array(path).astype(float) / (1 if path.endswith(".npy") else args.depth_scale)
-            else:
-                raise Oops(f"{word}={path}: the words are homography, disparity, depth, depth_b, camera")
-        if len(images) != 2:
-            raise Oops(f"a pair needs two images, this has {len(images)}: {' '.join(line)}")
-        if ("depth" in truth) != ("camera" in truth):
-            raise Oops(f"depth=FILE and camera=FILE go together: {' '.join(line)}")
-        found.append((*images, truth))
-    return found
-
-
-def draw_matches(a, b, places_a, places_b, error, path, below=()):
-    """Write two uint8 [h, w, 3] side by side with lines between matches: green within 5 % of the side, red beyond, blue if nothing is known.
-    places: [n, 2] fractions of the sides; below: more such pairs of pictures, under the first."""
-    rows, left = [(a, b), *below], a.shape[1] + 8
-    height = max(a.shape[0], b.shape[0]) + 8
-    sheet = Image.new("RGB", (left + b.shape[1], height * len(rows) - 8), "white")
-    for i, row in enumerate(rows):
-        for x, picture in zip((0, left), row):
-            sheet.paste(Image.fromarray(picture), (x, i * height))
-    draw = ImageDraw.Draw(sheet)
-    for p, q, e in zip(places_a.tolist(), places_b.tolist(), error.tolist()):
-        colour = "#3af" if math.isnan(e) else "#2d3" if e <= 0.05 else "#f33"
-        ends = p[0] * a.shape[1], p[1] * a.shape[0], left + q[0] * b.shape[1], q[1] * b.shape[0]
-        draw.line(ends, fill=colour, width=1)
-        for x, y in (ends[:2], ends[2:]):
-            draw.ellipse((x - 3, y - 3, x + 3, y + 3), outline=colour, width=2)
-    sheet.save(path)
-    return path
-
-
-def command_match(args):
-    """Pairs of images: mutual nearest neighbours of patch features, correct within 1, 3, 5 % of the side; a picture. One pair is enough;
-    without any: the two views of procedural rooms."""
-    pairs = read_pairs(args) if args.pair or args.pairs else None
-    readers, size = readers_of(args)
-    if pairs is None:
-        print("no --pair: matching the two views of procedural rooms")
-        pairs = [(a["image"], b["image"], room_truth(a, b)) for a, b in room_views(data.TEST_SCENES, STUDY["pairs"], size)]
-    rows, picture = {}, None
-    for reader in readers:
-        for name, upsample in ((reader.name, 1), (f"{reader.name}, {args.upsample}x finer", args.upsample)):
-            errors, count, findable = [], 0, 0
-            for i, (one, two, truth) in enumerate(tqdm(pairs, f"match, {name}", leave=False)):
-                a, b = (Image.fromarray(x.permute(1, 2, 0).numpy()) if torch.is_tensor(x) else data.load_image(x) for x in (one, two))
-                found = match_errors(reader, [data.fit_image(x, size, reader.patch_size) for x in (a, b)], (a.size, b.size), truth, upsample)
-                errors.append(found[3])
-                count, findable = count + len(found[0]), findable + found[4]
-                if not i and upsample == args.upsample and picture is None:
-                    best = found[2].argsort(descending=True)
-                    shown = best[torch.linspace(0, len(best) - 1, min(60, len(best))).long()]
-                    looks = [np.asarray(x.resize([round(s * 480 / max(x.size)) for s in x.size])) for x in (a, b)]
-                    picture = draw_matches(*looks, found[0][shown], found[1][shown], found[3][shown], output(args, ".png"))
-            rows[name] = {"matches": str(count), **correct(torch.cat(errors), findable)}
-    report(args, size, rows, picture)
-
-
-# ---------------------------------------------------------------------------------------------------------------- the study
-
-@dataclass
-class Column:
-    """A column of the study: its heading, which domain it tests, whether more is better."""
-    heading: str
-    domain: str
-    rises: bool = True
-
-    def ratio(self, value, reference):
-        """How good value is beside the reference, 1 = equal, more = better."""
-        return value / max(reference, 1e-9) if self.rises else reference / max(value, 1e-9)
-
-
-COLUMNS = {"k-NN": Column("k-NN %", "objects"), "accuracy": Column("linear %", "objects"), "mIoU": Column("mIoU %", "objects"),
-           "depth RMSE": Column("RMSE m", "rooms", False), "delta1": Column("delta1 %", "rooms"), "normals": Column("normals °", "rooms", False),
-           "matching": Column("match %", "rooms"), "joints 2D": Column("2D %", "people"), "joints 3D": Column("3D cm", "people", False)}
-ROOM_SEEDS = 2 * 10**8  # where the rooms begin that two-view decoders learn from: no teacher and no student has seen them
-STUDY = dict(train=1200, test=300, pairs=60)  # scenes of each domain and seed
-CHUNK, PROBE_STEPS = 120, 500
-
-
-def study_scenes(seed, size, grid, train, test, pairs):
-    """What study_row needs: {domain: (train scenes, targets of each CHUNK of them, test scenes, their targets)}, "own": which patches of the
-    training rooms' two views belong together (patch_pairs), "pairs": test rooms. Probes train on seeds from 5*10^8, test from 1.1*10^9:
-    no teacher and no student has seen either."""
-    scenes = {}
-    for domain in data.SCENES:
-        if domain == "rooms":  # both views of half as many
-            views = zoo.room_pairs(5 * 10**8 + 10**6 * seed, train // 2, size)
-            known, scenes["own"] = {k: v.flatten(0, 1) for k, v in views.items()}, zoo.patch_pairs(views, grid)
-        else:
-            known = data.labelled_scenes(domain, 5 * 10**8 + 10**6 * seed, train, size)
-        new = data.labelled_scenes(domain, data.TEST_SCENES + 10**8 + 10**6 * seed, test, size)
-        probe = zoo.Probe(domain, 1, grid)
-        chunks = [probe.targets({k: v[i:i + CHUNK] for k, v in known.items()}) for i in range(0, train, CHUNK)]
-        scenes[domain] = known, chunks, new, probe.targets(new)
-    scenes["pairs"] = room_views(data.TEST_SCENES + 2 * 10**8 + 10**6 * seed, pairs, size)
-    return scenes
-
-
-def study_features(reader, images):
-    """Features of uint8 images; where there is no class token the mean of the patch tokens takes its place."""
-    parts = [reader(part) for part in images.split(100)]
-    patch = torch.cat([p["patch"] for p in parts])
-    return {"cls": patch.mean(1) if parts[0]["cls"] is None else torch.cat([p["cls"] for p in parts]), "patch": patch}
-
-
-def study_row(reader, scenes, grid, seed, steps=0):
-    """{column: value}: probes of one frozen encoder on all domains, each trained for `steps` (0: PROBE_STEPS)."""
-    row, steps = {}, steps or PROBE_STEPS
-    for domain in data.SCENES:
-        train, chunks, test, truth = scenes[domain]
-        x, y = study_features(reader, train["image"]), study_features(reader, test["image"])
-        if domain == "objects":
-            row["k-NN"] = top(knn(x["cls"], train["label"], y["cls"], len(data.KINDS)), test["label"])["top-1"]
-        for kind in x:
-            mean, std = moments(x[kind])
-            x[kind], y[kind] = (x[kind] - mean) / std, (y[kind] - mean) / std
-        torch.manual_seed(seed)
-        probe = zoo.Probe(domain, x["patch"].shape[-1], grid)
-        parts = [{k: v[i:i + CHUNK] for k, v in x.items()} for i in range(0, len(x["cls"]), CHUNK)]
-        fit(probe, lambda step: probe.loss(probe(parts[step % len(parts)], chunks[step % len(parts)]), chunks[step % len(parts)]), steps, 1e-1)
-        with torch.no_grad():
-            row.update(probe.metrics(probe(y, truth), truth))
-        if domain == "rooms":
-            describes = with_descriptor(reader, x["patch"].unflatten(0, (-1, 2)), *scenes["own"], mean, std, steps)
-    pairs = [room_matches(describes, a, b, upsample=1) for a, b in scenes["pairs"]]
-    # Of all patches that both views see: of the matches alone, an encoder that finds few would look good. 10 % of the side is less than a patch.
-    row["matching"] = correct(torch.cat([p[3] for p in pairs]), sum(p[4] for p in pairs), (0.1,))["found"]
-    return {c: row[c] for c in COLUMNS}
-
-
-def with_descriptor(reader, pairs, own, seen, mean, std, steps):
-    """The reader with a linear layer behind it that has learned which patches of two views [n, 2, N, D] (standardised) are of one place."""
-    head = nn.Linear(pairs.shape[-1], 64, bias=False)
-
-    def loss(step):
-        rows = slice(step * 60 % len(pairs), step * 60 % len(pairs) + 60)
-        return zoo.contrast(head(pairs[rows, 0]), head(pairs[rows, 1]), own[rows])[seen[rows]].mean()
-    fit(head, loss, steps, 1e-2)
-
-    def read(images):
-        return {"cls": None, "patch": head((reader.function(images)["patch"].float() - mean) / std)}
-    return replace(reader, function=read)
-
+    findable = sum(matches.findable for matches in found)
+    within = {f"{100 * s:g} %": 100 * (known <= s).float().mean().item() for s in shares if len(known)}
+    return {**within, "found": 100 * (known <= shares[-1]).sum().item() / findable} if findable else {}
 
 def room_views(start, count, size):
-    """[(view, view)] of procedural rooms, each {label: tensor}; see data.labelled_scenes."""
+    """[(two views uint8 [2, 3, size, size], flow map [size, size, 2] from one to the other)] of procedural rooms."""
     views = zoo.room_pairs(start, count, size)
-    return [tuple({k: v[i, j] for k, v in views.items()} for j in (0, 1)) for i in range(count)]
+    _, _, place, seen = zoo.pair_geometry(views)
+    return list(zip(views["image"], torch.where(seen[..., None], place, math.nan)))
 
+def command_match(args):
+    pairs = read_pairs(args)
+    look = subject(args, every_teacher=False)
+    if not pairs:
+        print("no --pair: matching the two views of procedural rooms")
+        for images, flow in room_views(data.TEST_SCENES, STUDY["pairs"], look.size):
+            pairs.append(([Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images], flow))
+    rows, picture = {}, None
+    for reader, upsample in itertools.product(look.readers, (1, args.upsample)):
+        name = reader.name if upsample == 1 else f"{reader.name}, {upsample}x finer"
+        found = []
+        for pair in tqdm(pairs, f"match, {name}", leave=False):
+            images, flow = load_pair(*pair) if isinstance(pair[0], str) else pair
+            small = [data.fit_image(image, look.size, reader.patch_size) for image in images]
+            found.append(match(reader, small, flow, images[1].size, upsample))
+            if picture is None and upsample == args.upsample:
+                picture = match_picture(images, found[0], output(args, ".png"))
+        rows[name] = {"matches": str(sum(len(matches.a) for matches in found)), **correct(found)}
+    report(args, look, rows, picture)
 
-def room_truth(a, b):
-    """What is known of two views of a room, as match_errors wants it."""
-    return {"depth": a["depth"], "depth_b": b["depth"], "camera": (a["K"], b["K"], b["pose"].double().inverse() @ a["pose"].double())}
+def read_pairs(args):
+    """[[path a, path b, perhaps that of a flow map]] of --pair, or of --pairs, a file with such lines."""
+    if args.pair and args.pairs:
+        raise Oops("eval.py match takes --pair A B [FLOW.npy], or --pairs LIST with such lines, not both")
+    home, lines = os.path.dirname(args.pairs or ""), [args.pair] if args.pair else []
+    if args.pairs:
+        with open(dune.regular(args.pairs), encoding="utf-8", errors="replace") as file:
+            text = file.read()
+        lines = [line.split() for line in text.splitlines() if line.strip() and line[0] != "#"]
+        if not lines or "\0" in text:
+            raise Oops(f"{args.pairs} holds no pairs: --pairs wants a text file, each line: A B [FLOW.npy]")
+    for line in lines:
+        if not 2 <= len(line) <= 3:
+            raise Oops(f"a pair needs two images, and perhaps a flow map; this has {len(line)}: {' '.join(line)[:100]}")
+    return [[dune.regular(os.path.join(home, path)) for path in line] for line in lines]
 
+def load_pair(a, b, flow=None):
+    """(two PIL images, flow map [H, W, 2] or None) of the paths of a pair."""
+    images = [data.load_image(path) for path in (a, b)]
+    if flow is None:
+        return images, None
+    array = read_array(flow, 3)
+    shape = (images[0].height, images[0].width, 2)
+    if array.shape != shape:
+        raise Oops(f"{flow} is {list(array.shape)}, expected {list(shape)}: for each pixel of A its place in B")
+    return images, torch.from_numpy(array.astype(np.float64))
 
-def room_matches(reader, a, b, upsample):
-    """match_errors() of the two views of a room."""
-    size = (a["image"].shape[-1],) * 2
-    return match_errors(reader, (a["image"], b["image"]), (size, size), room_truth(a, b), upsample)
+# ---- What distillation did: spectrum, alignment ----------------------------------------------------------------------
 
-
-def random_encoder(like):
-    """A ViT of the same shape with random weights: what any network knows before it learns."""
-    return dune.ViT(like.grid * like.patch_size, like.patch_size, like.embed_dim, len(like.blocks), like.blocks[0].attn.heads, like.registers, layer_scale=None).eval()
-
-
-def command_study(args):
-    """Procedural scenes: linear probes, k-NN and matching of a random encoder, each teacher, the student's encoder and through each projector."""
-    model, teachers, size = subject(args)
-    patch = (model.encoder if model else next(iter(teachers.values()))).patch_size
-    readers, grid = [teacher_reader(t, teacher, patch) for t, teacher in teachers.items()], (size // patch,) * 2
-    if model:
-        torch.manual_seed(args.seed)
-        blank = random_encoder(model.encoder).to(args.device)
-        readers = [Reader("random encoder", blank, patch, [blank]), *readers, *student_readers(model, ["encoder", *(t for t in model.projectors)])]
-    values = {reader.name: [] for reader in readers}
-    bar = tqdm(total=args.seeds * len(readers), desc="study: scenes", leave=False)
-    for seed in range(args.seed, args.seed + args.seeds):
-        scenes = study_scenes(seed, size, grid, **STUDY)
+def command_spectrum(args):
+    look = subject(args)
+    images = some_images(args, look)["image"]
+    projectors = look.model.projectors if look.model else {}
+    groups = {t: [teacher_reader(t, teacher, look.patch)] for t, teacher in look.teachers.items()}
+    for t in groups.keys() & projectors.keys():
+        groups[t] += student_readers(look.model, [t])
+    if look.model:
+        groups["the student's encoder"] = student_readers(look.model, ["encoder"])
+    panels, curves, rows = {}, {}, {}
+    for title, readers in tqdm(groups.items(), "spectrum", leave=False):
         for reader in readers:
-            bar.set_description(f"study: {reader.name}")
-            values[reader.name].append(study_row(reader, scenes, grid, seed))
-            bar.update()
-    bar.close()
-    mean, spread = mean_and_spread(values)
-    head = lambda rows: {r: {COLUMNS[c].heading: v for c, v in row.items()} for r, row in rows.items()}
-    sizes = {reader.name: reader.parameters for reader in readers}
-    print(f"linear probes on frozen features, {args.seeds} seeds (mean ± spread); 3 domains: objects, rooms, people")
-    table({r: {"M params": sizes[r] / 1e6, **row} for r, row in head(mean).items()}, "", head(spread) if args.seeds > 1 else None)
-    ratios = {}
-    for c, column in COLUMNS.items() if model else ():
-        own = next((t for t in teachers if data.domain_of(t) == column.domain), None)
-        if own in model.projectors:
-            best = max((column.ratio(mean[t][c], mean[own][c]) for t in teachers if t != own), default=0)
-            for r in ("encoder", f"through {own}"):
-                ratio = column.ratio(mean[r][c], mean[own][c])
-                name = "through its projector" if r != "encoder" else "encoder"
-                ratios.setdefault(f"{name} / own teacher", {})[column.heading] = ratio
-                ratios.setdefault(f"{name}: within 10 %, ahead of the others", {})[column.heading] = ("yes" if ratio >= 0.9 else "no") + (", yes" if ratio > best else ", no")
-    if ratios:
-        print("\nthe student beside each column's own teacher (above 1: better)")
-        table({r: row for r, row in ratios.items()})
-    path = write_json(output(args, ".json"), {"seeds": args.seeds, "image_size": size, "parameters": sizes, "values": values, "mean": mean, "spread": spread, "ratios": ratios})
-    print(f"wrote {path}")
-
-
-# ------------------------------------------------------------------------------------------------------------------- ablation
-
-FACTORS = {"projector": ("sp", "lp", "tp"), "sharing": ("own", "own+generic", "all"), "drop": (0.0, 0.5)}
-PAPER = {"projector": "the transformer projector is best", "sharing": "all data for all teachers is best", "drop": "dropping balances the teachers"}
-RECIPE = {"projector": "tp", "sharing": "all", "drop": 0.5}  # the paper's: with the tiny preset's own images only there is nothing to drop
-
-
-def train_one(args, config, seed, steps):
-    """Train the tiny student in a process of its own: (its checkpoint, images/s). A run that is there already, finished, is not repeated."""
-    out = os.path.join(args.out or "out/ablate", f"{config['projector']}-{config['sharing']}-{config['drop']:g}-seed{seed}-steps{steps}")
-    options = [f"--{k}={v}" for k, v in {**config, "seed": seed, "steps": steps, "out": out, "log-every": 5}.items()]
-    options += [f"--data={t}=scenes:{domain}" for t, (domain, *_) in zoo.SPECIALISTS.items()]  # without end: a short run need not draw the preset's thousands
-    result = subprocess.run([sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"), "--preset", "tiny", *options], capture_output=True, text=True)
-    if result.returncode:
-        raise Oops(f"train.py failed for {out}: {(result.stderr.strip().splitlines() or ['?'])[-1]}")
-    return f"{out}/checkpoint.pt", float(np.median([line["images_per_s"] for line in read_log(out)][1:] or [1]))
-
-
-def effects(runs, metric):
-    """[(factor, level a, level b, difference of means a - b, its standard error)]: main effects over paired cells, noise from seeds within cells."""
-    cells = {}
-    for run in runs:
-        cells.setdefault(tuple(run[f] for f in FACTORS), []).append(run[metric])
-    degrees = sum(len(v) - 1 for v in cells.values())
-    noise = math.sqrt(sum(np.var(v) * len(v) for v in cells.values()) / degrees) if degrees else math.nan
-    found = []
-    for i, (factor, levels) in enumerate(FACTORS.items()):
-        for a, b in [(a, b) for n, a in enumerate(levels) for b in levels[n + 1:]]:
-            pairs = [(cells[cell], cells[other]) for cell in cells if cell[i] == a and (other := (*cell[:i], b, *cell[i + 1:])) in cells]
-            if pairs:  # only cells that exist at both levels
-                gap = np.mean([np.mean(x) - np.mean(y) for x, y in pairs])
-                error = noise * math.sqrt(sum(1 / len(x) + 1 / len(y) for x, y in pairs)) / len(pairs)
-                found.append((factor, a, b, float(gap), error))
-    return found
-
-
-def command_ablate(args):
-    """Retrain the tiny student over projector x sharing x dropping at equal steps and equal time: which differences exceed the noise?"""
-    every = [dict(zip(FACTORS, (p, s, d))) for p in FACTORS["projector"] for s in FACTORS["sharing"] for d in FACTORS["drop"]]
-    near = [c for c in every if sum(c[f] != RECIPE[f] for f in FACTORS) <= 1]  # the recipe, and one thing changed
-    steps, scenes, result, path_of_result = args.steps // 2 if args.quick else args.steps, None, {}, os.path.join(args.out or "out/ablate", "ablate.json")
-    for equal, configs in (("steps", near if args.quick else every), ("time", [] if args.quick else near)):
-        runs = []
-        for config, seed in (bar := tqdm([(c, s) for c in configs for s in range(args.seeds)], leave=False)):
-            bar.set_description(f"equal {equal}: {' '.join(map(str, config.values()))}, seed {seed}")
-            length = steps
-            if equal == "time":
-                speed = {tuple(run[f] for f in FACTORS): [] for run in result["steps"]}
-                for run in result["steps"]:
-                    speed[tuple(run[f] for f in FACTORS)].append(run["images/s"])
-                length = max(2, round(steps * np.mean(speed[tuple(config.values())]) / np.mean(speed[tuple(RECIPE.values())])))
-            path, rate = train_one(args, config, seed, length)
-            model, weights = dune.load(path), dune.read_checkpoint(path)["weights"]
-            teachers = {t: zoo.load_teacher(t, w) for t, w in weights.items()}
-            size, patch = model.encoder.grid * model.encoder.patch_size, model.encoder.patch_size
-            grid = (model.encoder.grid,) * 2
-            if scenes is None:
-                scenes = study_scenes(0, size, grid, train=540, test=240, pairs=20)
-                own = {t: study_row(teacher_reader(t, x, patch), scenes, grid, 0, 200) for t, x in teachers.items()}
-                owner = {c: own[next(t for t in teachers if data.domain_of(t) == column.domain)][c] for c, column in COLUMNS.items()}
-                held = held_out([], data.parse_data([], list(teachers)), list(teachers), size)["image"]
-            losses = {t: parts["loss"] for t, parts in held_out_losses(model, teachers, held, grid).items()}
-            probes = study_row(student_readers(model, ["encoder"])[0], scenes, grid, 0, 200)
-            runs.append({**config, "seed": seed, "steps": length, "images/s": rate, "loss": float(np.mean(list(losses.values()))),
-                         "imbalance": max(losses.values()) - min(losses.values()),
-                         "study": float(np.mean([COLUMNS[c].ratio(v, owner[c]) for c, v in probes.items()])), "losses": losses, "probes": probes})
-            write_json(path_of_result, {**result, equal: runs})  # at once: half an hour may be interrupted
-        if not runs:
-            continue
-        result[equal] = runs
-        print(f"\nequal {equal}: {len(runs)} runs of {args.seeds} seeds, recipe's length {steps} steps\n"
-              "loss: held-out, mean over teachers; imbalance: largest - smallest teacher's; study: encoder's probes / own teacher's, mean over columns")
-        rows, spread = {}, {}
-        for config in configs:
-            same = [run for run in runs if all(run[f] == config[f] for f in FACTORS)]
-            name = " ".join(map(str, config.values()))
-            rows[name], spread[name] = ({k: float(f([run[k] for run in same])) for k in ("loss", "imbalance", "study", "images/s", "steps")} for f in (np.mean, np.std))
-        table(rows, "projector sharing drop", spread)
-        print()
-        lines = {f"{f}: {a} - {b}": {} for f, a, b, *_ in effects(runs, "loss")}
-        for metric in ("loss", "imbalance", "study"):
-            for factor, a, b, gap, error in effects(runs, metric):
-                lines[f"{factor}: {a} - {b}"][metric] = f"{gap:+.4f} ±{error:.4f} {'differs' if abs(gap) > 2 * error else 'noise'}"
-        for name, line in lines.items():
-            line["the paper"] = PAPER[name.split(":")[0]]
-        table(lines, "difference ± standard error")
-    print(f"wrote {path_of_result}")
-
-
-# ---------------------------------------------------------------------------------------------------------------- commands
-
-def some_pictures(args, teachers, size, patch):
-    """uint8 [n, 3, h, w] to look at: --image, else some held-out images of --data or of the procedural scenes."""
-    if not args.image:
-        return held_out([], data.parse_data(args.data, list(teachers)), list(teachers), size)
-    images = [data.fit_image(data.load_image(path), size, patch) for path in args.image]
-    if len({image.shape for image in images}) > 1:
-        images = [data.val_transform(data.load_image(path), size - size % patch) for path in args.image]
-    return {"image": torch.stack(images), "show": list(range(len(images))), "what": "photographs"}
-
-
-def command_pca(args):
-    """Each teacher's features and the student's, as colours, side by side in one PNG."""
-    model, teachers, size = subject(args)
-    patch = (model.encoder if model else next(iter(teachers.values()))).patch_size
-    images = some_pictures(args, teachers, size, patch)
-    print(f"wrote {pca_sheet(model, teachers, images['image'][images['show']], output(args, '.png'))}")
-
-
-def command_loss(args):
-    """Cosine and smooth-L1 loss for each teacher and token type, by the student's running statistics."""
-    model, teachers, size = subject(args)
-    if model is None:
-        raise Oops("eval.py loss needs a student: --run FOLDER or --checkpoint FILE")
-    held = held_out(args.data, data.parse_data(args.data, list(teachers)), list(teachers), size)
-    losses = held_out_losses(model, teachers, held["image"], (size // model.encoder.patch_size,) * 2, running=True)
-    print(f"loss on {len(held['image'])} {held['what']}")
-    report(args, size, losses)
-
+            x = explained(joined([reader(part) for part in images.split(16)])["patch"])
+            needed = {f"{percent} % of variance": str(1 + int((x < percent / 100).sum())) for percent in (50, 90, 99)}
+            rows[reader.name] = {**needed, "dimensions": str(len(x))}
+            curves[reader.name] = x.tolist()
+        lines = {reader.name: (itertools.count(1), curves[reader.name]) for reader in readers}
+        panels[f"variance explained: {title}"] = lines
+    report(args, look, rows, draw_curves(output(args, ".png"), panels, width=380), curves=curves)
 
 def explained(features):
     """Cumulative share [D] of the variance of features [..., D] that their first principal components explain."""
-    flat = features.double().flatten(0, -2)
+    flat = features.double().flatten(0, -2).cpu()
     values = torch.linalg.eigvalsh(torch.cov(flat.T)).clamp(min=0).flip(0)
     return values.cumsum(0) / values.sum().clamp(min=1e-30)
 
-
-def command_spectrum(args):
-    """The paper's Figure 4: how much variance the first components of each teacher's features and of the student's explain."""
-    model, teachers, size = subject(args)
-    patch = (model.encoder if model else next(iter(teachers.values()))).patch_size
-    images = some_pictures(args, teachers, size, patch)["image"]
-    readers = {t: [teacher_reader(t, teacher, patch)] + (student_readers(model, [t]) if model and t in model.projectors else []) for t, teacher in teachers.items()}
-    encoder = student_readers(model, ["encoder"]) if model else []
-    read = lambda r: explained(torch.cat([r(part)["patch"].cpu() for part in images.split(16)]))
-    curves = {t: {r.name: read(r) for r in tqdm(rs, f"spectrum of {t}", leave=False)} for t, rs in readers.items()}
-    if encoder:
-        curves["the student's encoder"] = {r.name: read(r) for r in encoder}
-    share = {name: {f"{p} % of variance": str(1 + int((x < p / 100).sum())) for p in (50, 90, 99)} | {"dimensions": str(len(x))} for c in curves.values() for name, x in c.items()}
-    picture = draw_curves(output(args, ".png"), [(f"variance explained: {t}", {name: (list(range(1, len(x) + 1)), x.tolist()) for name, x in c.items()})
-                                                 for t, c in curves.items()], width=380)
-    report(args, size, share, picture, curves={name: x.tolist() for c in curves.values() for name, x in c.items()})
-
-
 def command_alignment(args):
-    """The paper's Figure 5, from a run's log.jsonl: do the teachers' losses change together? Correlation of the changes, over training."""
     lines = read_log(args.run) if args.run else []
-    names = [t for t in (lines[0] if lines else ()) if isinstance(lines[0][t], dict)]
-    losses = np.array([[line[t]["loss"] if line[t].get("loss") is not None else math.nan for t in names] for line in lines])
+    names = teachers_of(lines)
+    losses = np.array([[number(line, t, "loss") for t in names] for line in lines]).reshape(len(lines), len(names))
     changes = np.diff(losses, axis=0)
-    changes = changes[np.isfinite(changes).all(1)] if len(changes) else changes
+    changes = changes[np.isfinite(changes).all(1)]
     if len(names) < 2 or len(changes) < 4:
-        raise Oops(f"eval.py alignment needs --run with at least two teachers and five lines of log.jsonl; {args.run} has {len(names)} and {len(lines)} (--log-every)")
-    correlation = lambda part: np.corrcoef(part.T)
+        raise Oops(f"eval.py alignment needs --run with at least two teachers and five lines of log.jsonl; {args.run} "
+                   f"has {len(names)} and {len(lines)} (--log-every)")
     window = max(8, len(changes) // 8)
-    whole, curves = correlation(changes), {}
-    for i, j in [(i, j) for i in range(len(names)) for j in range(i)]:
-        ends = range(min(window, len(changes)), len(changes) + 1)
-        curves[f"{names[j]} and {names[i]}"] = [lines[e]["step"] for e in ends], [float(correlation(changes[max(0, e - window):e])[i, j]) for e in ends]
-    table({a: {b: float(whole[i, j]) for j, b in enumerate(names)} for i, a in enumerate(names)}, "correlation")
-    picture = draw_curves(output(args, ".png"), [(f"correlation of loss changes, {window} lines of the log", curves)])
-    path = write_json(output(args, ".json"), {"teachers": names, "correlation": whole.tolist(), "over training": curves})
+    ends = range(min(window, len(changes)), len(changes) + 1)
+    steps = [lines[end]["step"] for end in ends]
+    with np.errstate(invalid="ignore", divide="ignore"):  # NaN for what does not change
+        whole = np.corrcoef(changes.T).tolist()
+        parts = [np.corrcoef(changes[max(0, end - window):end].T).tolist() for end in ends]
+    curves = {f"{names[j]} and {names[i]}": (steps, [part[i][j] for part in parts])
+              for j, i in itertools.combinations(range(len(names)), 2)}
+    table({name: dict(zip(names, row)) for name, row in zip(names, whole)}, "correlation")
+    picture = draw_curves(output(args, ".png"), {f"correlation of loss changes, {window} lines of the log": curves})
+    path = write_json(args, {"teachers": names, "correlation": whole, "over training": curves})
     print(f"wrote {path}, {picture}")
 
-
-# ---------------------------------------------------------------------------------------------------- two photographs to 3D
+# ---- Two photographs to 3D -------------------------------------------------------------------------------------------
 # Points are [..., 3] in metres, x right, y down, z forward; pixels are (x, y) with centres at integer + 0.5.
 
-def pixel_grid(height, width, device="cpu"):
-    """[height * width, 2]: the centres of the pixels."""
-    return (zoo.centres(height, width) * torch.tensor([width, height])).to(device)
-
-
-def estimate_focal(points, weight):
-    """Focal length in pixels that explains a point map [H, W, 3] in its own camera's frame, the image's centre being the principal point.
-
-    The median of what each pixel says; far from the centre, and by weight [H, W], it says more. At least 1, which is as good as none (points
-    that lie where no camera would see them). Oops if no point is before the camera.
-    """
-    height, width = points.shape[:2]
-    points, weight = points.flatten(0, 1).double().cpu(), weight.flatten().double().cpu()
-    keep = points[:, 2] > 1e-6
-    if not keep.any():
-        raise Oops("no focal length: every point lies behind the camera; other weights than the model's, or a decoder that has not learned?")
-    pixels, rays = (pixel_grid(height, width) - torch.tensor([width, height]) / 2)[keep].double(), points[keep, :2] / points[keep, 2:]
-    says, order = ((pixels * rays).sum(-1) / rays.square().sum(-1).clamp(min=1e-12)).sort()
-    share = (pixels.norm(dim=-1) * weight[keep])[order].cumsum(0)
-    return max(1.0, says[torch.searchsorted(share, share[-1:] / 2)].item())
-
-
-def reciprocal_matches(desc1, desc2, stride=8, rounds=8):
-    """Pixels of two descriptor maps [H, W, D] that are each other's nearest neighbour: flat indices (first [n], second [n]).
-
-    Seeds on a grid of `stride` go to their nearest neighbour in the other image and back until they do not move any more (MASt3R).
-    """
-    height, width, _ = desc1.shape
-    here = torch.arange(height * width, device=desc1.device).view(height, width)[stride // 2::stride, stride // 2::stride].flatten()
-    one, two = desc1.flatten(0, 1), desc2.flatten(0, 1)
-    found = []
-    for _ in range(rounds):
-        there = nearest(one[here], two)[1]
-        back = nearest(two[there], one)[1]
-        found.append(torch.stack([here, there], 1)[back == here])
-        here = back[back != here].unique()
-        if not len(here):
-            break
-    return torch.cat(found).unique(dim=0).unbind(1)
-
-
-def rigid_fit(a, b):
-    """Rotations [..., 3, 3] and translations [..., 3] with R a + t = b in the least squares (Kabsch); a, b [..., n, 3]."""
-    ca, cb = a.mean(-2, keepdim=True), b.mean(-2, keepdim=True)
-    u, _, vt = torch.linalg.svd((b - cb).mT @ (a - ca))
-    sign = torch.ones_like(u[..., 0])
-    sign[..., 2] = torch.linalg.det(u @ vt)
-    rotation = (u * sign[..., None, :]) @ vt
-    return rotation, (cb - ca @ rotation.mT).squeeze(-2)
-
-
-def relative_pose(points1, points2, pixels2, focal2, tolerance, hypotheses=1000):
-    """Camera 2 in camera 1's frame, [4, 4], and which matches agree with it, bool [n].
-
-    points1, points2 [n, 3]: the matched points, each in its own camera's frame; pixels2 [n, 2]: where camera 2 sees them, from its
-    principal point; tolerance: pixels. RANSAC over rigid fits of three matches, judged by where they project into view 2; the best one is
-    refined there (PnP by Gauss-Newton), so that the depth of view 2 only has to be roughly right. Fewer than 4 matches: (None, none).
-    """
-    points1, points2, pixels2 = points1.double().cpu(), points2.double().cpu(), pixels2.double().cpu()
-    finite = (points1 + points2).isfinite().all(-1).nonzero()[:, 0]
-    if len(finite) < 4:
-        return None, torch.zeros(len(points1), dtype=torch.bool)
-    pick = finite[torch.randint(len(finite), (hypotheses, 3), generator=torch.Generator().manual_seed(0))]
-
-    def residual(rotation, translation):
-        moved = points1 @ rotation.mT + translation[..., None, :]
-        return moved, focal2 * moved[..., :2] / moved[..., 2:].clamp(min=1e-6) - pixels2
-
-    def agrees(rotation, translation):
-        moved, error = residual(rotation, translation)
-        return (error.norm(dim=-1) < tolerance) & (moved[..., 2] > 1e-6)
-    rotation, translation = rigid_fit(points1[pick], points2[pick])
-    best = agrees(rotation, translation).sum(-1).argmax()
-    pose = rotation[best], translation[best]
-    for _ in range(10):
-        inside = agrees(*pose)
-        if inside.sum() < 4:
-            break
-        moved, error = (x[inside] for x in residual(*pose))
-        x, y, z = moved.unbind(1)
-        zero, one = torch.zeros_like(z), torch.ones_like(z)
-        by_point = focal2 * torch.stack([one / z, zero, -x / z**2, zero, one / z, -y / z**2], -1).view(-1, 2, 3)
-        by_turn = torch.stack([zero, z, -y, -z, zero, x, y, -x, zero], -1).view(-1, 3, 3)
-        step = torch.linalg.lstsq(torch.cat([by_point @ by_turn, by_point], -1).flatten(0, 1), -error.flatten()[:, None]).solution[:, 0]
-        a, b, c = step[:3].tolist()
-        turn = torch.linalg.matrix_exp(torch.tensor([[0, -c, b], [c, 0, -a], [-b, a, 0]], dtype=torch.double))
-        better = turn @ pose[0], turn @ pose[1] + step[3:]
-        if agrees(*better).sum() < inside.sum():
-            break
-        pose = better
-    camera = torch.eye(4, dtype=torch.double)
-    camera[:3, :3], camera[:3, 3] = pose[0].T, -pose[0].T @ pose[1]
-    return camera, agrees(*pose)
-
-
-def angle(rotation):
-    """Of a rotation [3, 3], in degrees."""
-    return torch.rad2deg(((rotation.trace() - 1) / 2).clamp(-1, 1).acos()).item()
-
+def command_two_view(args):
+    if not args.images:
+        return two_view_study(args)
+    if len(args.images) != 2:
+        raise Oops(f"two-view takes two images, not {len(args.images)}: eval.py two-view a.jpg b.jpg (or --run FOLDER)")
+    pictures = [data.load_image(path) for path in args.images]
+    weights = args.weights[-1] if args.weights else f"{args.run}/two-view.pt" if args.run else None
+    model = zoo.load_two_view(weights, args.device)
+    longest = args.image_size or (512 if model.norm is None else model.encoder.grid * model.patch)
+    images = [data.fit_image(picture, longest, model.patch) for picture in pictures]
+    result = reconstruct(model, *images)
+    keep = [(view["conf"] >= view["conf"].median().clamp(max=1.5)).cpu() for view in result["views"]]
+    points = torch.cat([view["pts3d"].cpu()[k] for view, k in zip(result["views"], keep)]).numpy()
+    colours = torch.cat([image.permute(1, 2, 0)[k] for image, k in zip(images, keep)]).numpy()
+    cloud = write_ply(output(args, ".ply"), points, colours)
+    picture = two_view_picture(output(args, ".png"), images, result)
+    matches, agree = len(result["inside"]), int(result["inside"].sum())
+    print(f"wrote {cloud} ({len(points):,} points) and {picture}\n{matches} matches, {agree} agree on one pose")
+    if agree < max(12, 0.2 * matches):
+        raise Oops(f"only {agree} of {matches} matches agree: no pose; do the two images overlap?")
+    if min(result["focal"]) <= 1:
+        raise Oops(NO_FOCAL.format("the points lie where no camera sees them"))
+    for path, focal, image in zip(args.images, result["focal"], images):
+        height, width = image.shape[1:]
+        field = 2 * math.degrees(math.atan(width / 2 / focal))
+        print(f"focal length of {path}: {focal:.1f} px at {width}x{height} (field of view {field:.1f} degrees)")
+    pose = result["pose"]
+    turn, move = angle(pose[:3, :3]), pose[:3, 3].norm()
+    print(f"camera 2 in camera 1's frame: turned by {turn:.2f} degrees, moved by {move:.3f} m")
+    print(np.array2string(pose.numpy(), precision=4, suppress_small=True))
 
 @torch.no_grad()
 def reconstruct(model, image1, image2, stride=8):
-    """All that a TwoView says about two images, uint8 [3, H, W]: {"views": its two dictionaries, without the batch dimension, "focal":
-    [f1, f2] pixels, "matches": flat pixel indices ([n], [n]), best first, "pose": camera 2 in camera 1 [4, 4], "inside": bool [n]}."""
+    """What a zoo.TwoView says about two images, uint8 [3, H, W]: {"views": its two dictionaries, without the batch
+    dimension; "focal": [f1, f2] pixels; "matches": flat pixel indices ([n], [n]), best first; "pose": camera 2 in
+    camera 1 [4, 4], or None; "inside": which matches agree with it, bool [n]}."""
     device = model.dec_norm.weight.device
     one, two = (image[None].to(device) / 127.5 - 1 for image in (image1, image2))
     first, second = ({k: v[0] for k, v in view.items()} for view in model(one, two))
@@ -1308,82 +833,273 @@ def reconstruct(model, image1, image2, stride=8):
     best = (first["desc_conf"].flatten()[a] * second["desc_conf"].flatten()[b]).argsort(descending=True)
     a, b = a[best], b[best]
 
-    def lifted(view, focal, at):  # by their depth along their pixels' rays, from which the points of a map stray: poses are a fifth better
-        height, width = view["conf"].shape
-        pixels = (pixel_grid(height, width, device) - torch.tensor([width, height], device=device) / 2)[at]
+    def lifted(view, focal, at):  # by depth along the pixels' rays, from which the points stray: a fifth better poses
+        pixels = centred_pixels(*view["conf"].shape, device)[at]
         depth = view["pts3d"].flatten(0, 1)[at, 2:]
         return torch.cat([pixels / focal * depth, depth], 1), pixels
     pose, inside = relative_pose(lifted(first, focal[0], a)[0], *lifted(own, focal[1], b), focal[1], model.patch / 2)
     return {"views": (first, second), "focal": focal, "matches": (a, b), "pose": pose, "inside": inside}
 
+def centred_pixels(height, width, device=None):
+    """[height * width, 2]: the centres of the pixels, from the principal point, which is the image's centre."""
+    return (zoo.centres(height, width, device) - 0.5) * torch.tensor([width, height], device=device)
+
+NO_FOCAL = "no focal length: {}; other weights than the model's, or a decoder that has not learned?"
+
+def estimate_focal(points, weight):
+    """Focal length in pixels that explains a point map [H, W, 3] in its own camera's frame: the median of what each
+    pixel says; far from the centre, and by weight [H, W], it says more. 1 is as good as none: no camera sees it so.
+    Oops if no point is before the camera."""
+    height, width = points.shape[:2]
+    points, weight = points.flatten(0, 1).double().cpu(), weight.flatten().double().cpu()
+    keep = points[:, 2] > 1e-6
+    if not keep.any():
+        raise Oops(NO_FOCAL.format("every point lies behind the camera"))
+    pixels, rays = centred_pixels(height, width)[keep].double(), points[keep, :2] / points[keep, 2:]
+    says, order = ((pixels * rays).sum(-1) / rays.square().sum(-1).clamp(min=1e-12)).sort()
+    share = (pixels.norm(dim=-1) * weight[keep])[order].cumsum(0)
+    middle = torch.searchsorted(share, share[-1:] / 2).clamp(max=len(says) - 1)
+    return max(1.0, says[middle].item())
+
+def reciprocal_matches(desc1, desc2, stride=8, rounds=8):
+    """Pixels of two descriptor maps [H, W, D] that are each other's nearest neighbour: flat indices [n], [n]. Seeds on
+    a grid of `stride` go to their nearest neighbour and back until they do not move any more (MASt3R)."""
+    height, width, _ = desc1.shape
+    every = torch.arange(height * width, device=desc1.device).view(height, width)
+    here = every[stride // 2::stride, stride // 2::stride].flatten()
+    one, two = desc1.flatten(0, 1), desc2.flatten(0, 1)
+    found = []
+    for _ in range(rounds):
+        if len(here):
+            there = nearest(one[here], two)[1]
+            back = nearest(two[there], one)[1]
+            found.append(torch.stack([here, there], 1)[back == here])
+            here = back[back != here].unique()
+    return torch.cat(found).unique(dim=0).unbind(1) if found else (here, here)
+
+def rigid_fit(a, b):
+    """Rotations [..., 3, 3], translations [..., 3] with R a + t = b in the least squares (Kabsch); a, b [..., n, 3]."""
+    ca, cb = a.mean(-2, keepdim=True), b.mean(-2, keepdim=True)
+    u, _, vt = torch.linalg.svd((b - cb).mT @ (a - ca))
+    sign = torch.ones_like(u[..., 0])
+    sign[..., 2] = torch.linalg.det(u @ vt)
+    rotation = (u * sign[..., None, :]) @ vt
+    return rotation, (cb - ca @ rotation.mT).squeeze(-2)
+
+def relative_pose(points1, points2, pixels2, focal2, tolerance, hypotheses=1000):
+    """Camera 2 in camera 1's frame, [4, 4], and which matches agree with it, bool [n].
+
+    points1, points2 [n, 3]: the matched points, each in its own camera's frame; pixels2 [n, 2]: where camera 2 sees
+    them, from its principal point; tolerance: pixels. RANSAC over rigid fits of three matches, judged by where they
+    project into view 2; the best one is refined there (PnP by Gauss-Newton), so that the depth of view 2 only has to be
+    roughly right. Fewer than 4 matches: (None, none).
+    """
+    points1, points2, pixels2 = points1.double().cpu(), points2.double().cpu(), pixels2.double().cpu()
+    finite = (points1 + points2).isfinite().all(-1).nonzero()[:, 0]
+    if len(finite) < 4:
+        return None, torch.zeros(len(points1), dtype=torch.bool)
+
+    def residual(rotation, translation):
+        moved = points1 @ rotation.mT + translation[..., None, :]
+        return moved, focal2 * moved[..., :2] / moved[..., 2:].clamp(min=1e-6) - pixels2
+
+    def agrees(rotation, translation):
+        moved, error = residual(rotation, translation)
+        return (error.norm(dim=-1) < tolerance) & (moved[..., 2] > 1e-6)
+    pick = finite[torch.randint(len(finite), (hypotheses, 3), generator=torch.Generator().manual_seed(0))]
+    rotation, translation = rigid_fit(points1[pick], points2[pick])
+    best = agrees(rotation, translation).sum(-1).argmax()
+    pose = rotation[best], translation[best]
+    for _ in range(10):
+        inside = agrees(*pose)
+        if inside.sum() < 4:
+            break
+        better = gauss_newton(pose, *(x[inside] for x in residual(*pose)), focal2)
+        if agrees(*better).sum() < inside.sum():
+            break
+        pose = better
+    camera = torch.eye(4, dtype=torch.double)
+    camera[:3, :3], camera[:3, 3] = pose[0].T, -pose[0].T @ pose[1]
+    return camera, agrees(*pose)
+
+def gauss_newton(pose, moved, error, focal):
+    """One step of PnP: a pose (rotation, translation) that brings points [n, 3], moved by the old one, nearer to their
+    pixels, from which they are `error` [n, 2] away."""
+    x, y, z = moved.unbind(1)
+    zero, one = torch.zeros_like(z), torch.ones_like(z)
+    by_point = focal * torch.stack([one / z, zero, -x / z**2, zero, one / z, -y / z**2], -1).view(-1, 2, 3)
+    by_turn = torch.stack([zero, z, -y, -z, zero, x, y, -x, zero], -1).view(-1, 3, 3)
+    jacobian = torch.cat([by_point @ by_turn, by_point], -1).flatten(0, 1)
+    step = torch.linalg.lstsq(jacobian, -error.flatten()[:, None]).solution[:, 0]
+    a, b, c = step[:3].tolist()
+    turn = torch.linalg.matrix_exp(torch.tensor([[0, -c, b], [c, 0, -a], [-b, a, 0]], dtype=torch.double))
+    return turn @ pose[0], turn @ pose[1] + step[3:]
+
+def angle(rotation):
+    """Of a rotation [3, 3], in degrees."""
+    return torch.rad2deg(((rotation.trace() - 1) / 2).clamp(-1, 1).acos()).item()
 
 def write_ply(path, points, colours):
     """A point cloud, points [n, 3] and colours uint8 [n, 3], as a binary PLY file."""
     rows = np.empty(len(points), [("xyz", "<f4", 3), ("rgb", "u1", 3)])
     rows["xyz"], rows["rgb"] = points, colours
-    names = [*(f"property float {c}" for c in "xyz"), *(f"property uchar {c}" for c in ("red", "green", "blue"))]
-    with open(path, "wb") as file:
-        file.write("\n".join(["ply", "format binary_little_endian 1.0", f"element vertex {len(rows)}", *names, "end_header\n"]).encode())
-        file.write(rows.tobytes())
+    names = [f"property float {c}" for c in "xyz"] + [f"property uchar {c}" for c in ("red", "green", "blue")]
+    head = ["ply", "format binary_little_endian 1.0", f"element vertex {len(rows)}", *names, "end_header\n"]
+    with dune.writing(path) as file:
+        file.write("\n".join(head).encode() + rows.tobytes())
+    return path
 
+# ---- Two views: a decoder on a frozen encoder, with MASt3R's losses (see zoo.pair_geometry for what a pair holds) ----
 
-def two_view_picture(path, images, result, lines=40):
-    """Write a PNG: both images with the best matches that agree drawn between them, depth below (near is warm), confidence below (high is warm)."""
-    pairs = torch.stack(result["matches"], 1).cpu()[result["inside"]][:4 * lines]
-    pairs = pairs[::max(1, len(pairs) // lines)][:lines]  # the best ones, thinned out
-    places = [pixel_grid(*image.shape[1:])[p] / torch.tensor(image.shape[:0:-1]) for image, p in zip(images, pairs.T)]
+ROOM_PAIRS, UNSEEN_PAIRS = 200, 128
+TINY_DECODER = dict(dim=64, depth=2, maps=(16, 16, 24, 32), features=16, last=16, hidden=128, descriptor=8)
 
-    scale = max(1, 320 // max(images[0].shape))
+def two_view_study(args):
+    """Paper section 4 in miniature: a decoder on the frozen student, on a teacher and on a random encoder."""
+    if not (args.run or args.checkpoint):
+        raise Oops("eval.py two-view wants two photographs, or --run FOLDER to train a decoder on that run's student")
+    args.teacher = args.teacher or ["mast3r"]
+    look = subject(args)
+    if args.data:
+        every = FolderPairs(args.data[0], look.size)
+        held = min(32, len(every) // 5 + 1)
+        learn = max(1, len(every) - held - 1)  # the pair between shares an image with those that are judged
+        pairs, unseen = (torch.utils.data.Subset(every, rows)
+                         for rows in (range(learn), range(len(every) - held, len(every))))
+    else:
+        pairs, unseen = [], []
+        for found, start, count in ((pairs, ROOM_SEEDS, ROOM_PAIRS), (unseen, data.TEST_SCENES, UNSEEN_PAIRS)):
+            batch = zoo.room_pairs(start, count, look.size)
+            found += [{key: x[i] for key, x in batch.items()} for i in range(count)]
+    values, picture, path = {}, output(args, ".png"), output(args, ".pt")
+    for name, encoder, seed in frozen_encoders(args, look):
+        trained = train_two_view(encoder, pairs, name, look.patch, args.steps, device=look.device, seed=seed)
+        values.setdefault(name, []).append(judge_two_view(trained, unseen))
+        if name == "student" and seed == args.seed:
+            shown = unseen[0]["image"]
+            two_view_picture(picture, shown, reconstruct(trained, *shown, stride=4))
+            with dune.writing(path) as file:
+                torch.save(zoo.two_view_layout(trained), file)
+    mean, spread = mean_and_spread(values)
+    print(f"a two-view decoder on each frozen encoder, {len(pairs)} pairs, {args.steps} steps, "
+          f"judged on {len(unseen)} pairs{'' if args.data else ' of rooms'} not seen")
+    wrote = f"{picture}, {path} (the student with its decoder: eval.py two-view A B --weights {path})"
+    report(args, look, mean, wrote, spread, values=values)
 
-    def colours(values):
-        low, high = np.percentile(values, (2, 98))
-        return larger(depth_colours(values, max(low, 1e-6), max(high, 2e-6)))
+def frozen_encoders(args, look):
+    """(name, encoder, seed) of the student, teachers and a random encoder, on which heads are to be compared."""
+    encoders = {"student": look.model.encoder, **{f"teacher {t}": teacher.vit for t, teacher in look.teachers.items()},
+                "random encoder": random_encoder(look, args.seed)}
+    for name, seed in itertools.product(encoders, range(args.seed, args.seed + args.seeds)):
+        yield name, encoders[name], seed
 
-    def larger(picture):
-        return picture.repeat(scale, 0).repeat(scale, 1)
-    below = [[colours(look(view).cpu()) for view in result["views"]] for look in (lambda v: v["pts3d"][..., 2].clamp(min=1e-3), lambda v: 1 / v["conf"])]
-    return draw_matches(*(larger(image.permute(1, 2, 0).numpy()) for image in images), *places, torch.full((len(pairs),), math.nan), path, below)
-
-
-# Training a decoder, with MASt3R's losses, on pairs of views (see teachers.py for what a pair holds).
-
-class FolderPairs(torch.utils.data.Dataset):
-    """Pairs of neighbours by name in each sub-folder of `root`: NAME.jpg (.png, .webp) beside NAME.npz with depth, K and pose."""
+class FolderPairs:
+    """Pairs of neighbours by name in each sub-folder of `root`: NAME.jpg (.png, .webp) beside NAME.npz with depth, K
+    and pose, cut to their centre squares."""
 
     def __init__(self, root, size):
-        self.size, self.pairs = size, []
-        for folder, _, names in sorted(os.walk(root)):
-            names = sorted(n for n in names if n.lower().endswith(data.SUFFIXES) and os.path.splitext(n)[0] + ".npz" in names)
-            self.pairs += [(os.path.join(folder, a), os.path.join(folder, b)) for a, b in zip(names, names[1:])]
+        self.size = size
+        self.pairs = [pair for paths in with_labels(root) for pair in itertools.pairwise(paths)]
         if len(self.pairs) < 2:
-            raise Oops(f"{root} holds fewer than two pairs: neighbours by name in each sub-folder, NAME.jpg beside NAME.npz (depth, K, pose)")
+            raise Oops(f"{root} holds fewer than two pairs: neighbours by name in each sub-folder, NAME.jpg beside "
+                       "NAME.npz (depth, K, pose)")
 
     def __len__(self):
         return len(self.pairs)
 
-    def view(self, path):
-        image, camera = data.load_image(path), os.path.splitext(path)[0] + ".npz"
-        try:
-            with np.load(camera, allow_pickle=False) as file:
-                depth, K, pose = (torch.from_numpy(np.asarray(file[k], np.float32)) for k in ("depth", "K", "pose"))
-        except Exception as error:  # numpy's errors for foreign files are of many types
-            raise Oops(f"cannot read {camera}: {data.reason(error)}") from None
-        if depth.shape != (image.height, image.width) or K.shape != (3, 3) or pose.shape != (4, 4):
-            raise Oops(f"{camera}: expected depth {[image.height, image.width]} as the image, K [3, 3] and pose [4, 4]")
-        if not all(x.isfinite().all() and x.det() != 0 for x in (K, pose)):
-            raise Oops(f"{camera}: K and pose must be finite and have an inverse; a frame whose camera was lost has no place here")
-        x0, y0, x1, y1 = box = data.centre(*image.size)
-        scale = self.size / (x1 - x0)
-        K = torch.tensor([[scale, 0, -x0 * scale], [0, scale, -y0 * scale], [0, 0, 1]]) @ K
-        depth = F.interpolate(depth[None, None, y0:y1, x0:x1], (self.size, self.size), mode="nearest-exact")[0, 0]
-        return data.crop_resize(image, box, self.size, self.size), depth.nan_to_num(0, 0, 0).clamp(min=0), K, pose
-
     def __getitem__(self, i):
-        return dict(zip(("image", "depth", "K", "pose"), map(torch.stack, zip(*map(self.view, self.pairs[i])))))
+        one, two = (self.view(*paths) for paths in self.pairs[i])
+        return {key: torch.stack([one[key], two[key]]) for key in one}
 
+    def view(self, image, labels):
+        view, (width, height), (x0, y0, x1, y1) = labelled_square(image, labels, self.size, ("depth", "K", "pose"))
+        depth = view["depth"]
+        if depth.shape != (height, width):
+            raise Oops(f"{labels}: expected depth {[height, width]} as the image")
+        depth = torch.where((depth > 0) & (depth < 1e4), depth, 0)[y0:y1, x0:x1]
+        if not depth.any():
+            raise Oops(f"{labels}: no depth between 0 and 10,000 m in the centre square")
+        return {**view, "depth": nearest_size(depth, (self.size, self.size))}
+
+def with_labels(root):
+    """[[(NAME.jpg (.png, .webp), the NAME.npz beside it)] of each folder in `root`, itself too], as paths."""
+    return [[(os.path.join(folder, name), os.path.join(folder, labels)) for name in listing(folder, data.SUFFIXES)
+             if (labels := os.path.splitext(name)[0] + ".npz") in names] for folder, _, names in sorted(os.walk(root))]
+
+def labelled_square(image, labels, size, keys, more=()):
+    """An image's centre square and its labels: ({"image": uint8 [3, size, size], "K" [3, 3] in its pixels, the other
+    keys and those of `more` that there are, as they are}, (width, height) of the whole image, the square in it)."""
+    picture = data.load_image(image)
+    try:
+        with np.load(dune.regular(labels)) as file:
+            keys = [*keys, *(key for key in more if key in file)]
+            found = {key: torch.from_numpy(file[key].astype(np.float32)) for key in keys}
+    except Exception as error:  # numpy's errors for foreign files are of many types
+        raise Oops(f"cannot read {labels}: {data.reason(error)}") from None
+    cameras = {key: side for key, side in (("K", 3), ("pose", 4)) if key in found}
+    if any(found[key].shape != (side, side) for key, side in cameras.items()):
+        raise Oops(f"{labels}: expected K [3, 3] (and pose [4, 4])")
+    if not all(found[key].isfinite().all() and found[key].det().abs() > 1e-6 for key in cameras):
+        raise Oops(f"{labels}: {' and '.join(cameras)} must be finite and have an inverse; leave out frames without a "
+                   "camera")
+    x0, y0, x1, y1 = box = data.centre(*picture.size)
+    scale = size / (x1 - x0)
+    found["K"] = torch.tensor([[scale, 0, -x0 * scale], [0, scale, -y0 * scale], [0, 0, 1]]) @ found["K"]
+    return {**found, "image": data.crop_resize(picture, box, size, size)}, picture.size, box
+
+def train_two_view(encoder, pairs, name, patch, steps, batch=8, device="cpu", seed=0):
+    """A zoo.TwoView on a frozen encoder whose decoder has learned from `pairs` (a sequence), its patches those of an
+    encoder with this patch size, whatever its own; encoders narrower than ViT-S get a tiny one."""
+    torch.manual_seed(seed)
+    tiny = encoder.embed_dim < 384
+    model = zoo.TwoView(encoder, patch=patch, **(TINY_DECODER if tiny else {})).to(device)
+    begin_two_view(model, torch.cat([pairs[i]["image"] for i in range(min(32, len(pairs)))]), patch)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    decay = 0.3 if tiny else 0.05  # tiny: for the few pairs that it learns from
+    groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
+              {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
+    chance = torch.utils.data.RandomSampler(pairs, replacement=True, num_samples=steps * batch)
+    order = torch.utils.data.DataLoader(range(len(pairs)), batch, sampler=chance, collate_fn=list)
+    batches = read_ahead(pairs.__getitem__, order)
+
+    def loss(step):
+        part = next(batches)
+        part = {key: torch.stack([pair[key] for pair in part]).to(device) for key in part[0]}
+        if torch.rand(()) < 0.5:  # either view may come first
+            part = {key: x.flip(1) for key, x in part.items()}
+        views = model(*(part["image"] / 127.5 - 1).unbind(1))
+        # In a few hundred steps 0.075, MASt3R's, teaches no descriptors.
+        return two_view_loss(views, zoo.pair_geometry(part), matching=1.0 if tiny else 0.075)
+    what = f"two-view decoder on the {name}"
+    zoo.fit(groups, loss, steps, 6e-3 if tiny else 1e-4, betas=(0.9, 0.95), clip=1.0, what=what)
+    return model.eval()
+
+@torch.no_grad()
+def begin_two_view(model, images, patch):
+    """Initial weights from which a decoder learns in a few hundred steps; images: some of those it will see."""
+    for head in (model.downstream_head1, model.downstream_head2):
+        for conv in head.modules():
+            if isinstance(conv, nn.Conv2d):  # torch's own start lets a signal shrink by 0.58 in each of a dozen layers
+                nn.init.kaiming_normal_(conv.weight, nonlinearity="linear")
+        last, local = head.dpt.head["4"], head.head_local_features.fc2
+        nn.init.normal_(last.weight, std=1e-3)  # all points begin three metres ahead
+        last.bias.copy_(torch.tensor([0.0, 0.0, math.log(4), 0.0]))
+        weight = local.weight.view(-1, model.patch**2, local.in_features)
+        weight.copy_(weight[:, :1].clone())  # a patch's pixels begin with one descriptor: places come before details
+        nn.init.zeros_(local.bias)
+    images = images.to(model.norm.weight.device) / 127.5 - 1
+    standardise(model.norm, model.encode(images, (images.shape[-1] // patch,) * 2).float())
+
+@torch.no_grad()
+def standardise(norm, features):
+    """Lets a LayerNorm give features [n, N, D], its outputs so far, mean 0 and variance 1, as for every probe here."""
+    std, mean = torch.std_mean(features, (0, 1))
+    norm.weight.copy_(1 / (std + 1e-6))
+    norm.bias.copy_(-mean / (std + 1e-6))
 
 def two_view_loss(views, geometry, matching=0.075, samples=512):
-    """MASt3R's training loss: point regression weighted by confidence, metric, and `matching` times InfoNCE over true correspondences."""
+    """MASt3R's training loss: point regression weighted by confidence, metric, and `matching` times InfoNCE over true
+    correspondences."""
     points, known, place, seen = geometry
     loss = 0
     for k, view in enumerate(views):
@@ -1391,211 +1107,768 @@ def two_view_loss(views, geometry, matching=0.075, samples=512):
         loss = loss + (view["conf"] * error - 0.2 * view["conf"].log())[known[:, k]].mean()
     size, seen = place.shape[1], seen.flatten(1).float()
     pick = torch.multinomial(seen + 1e-9, samples, replacement=True)
-    at = place.flatten(1, 2).gather(1, pick[..., None].expand(-1, -1, 2)).clamp(0, size - 1).long()
+    at = taken(place.flatten(1, 2), pick).clamp(0, size - 1).long()
     picks = pick, at[..., 1] * size + at[..., 0]
-    one, two = (view["desc"].flatten(1, 2).gather(1, p[..., None].expand(-1, -1, view["desc"].shape[-1])) for view, p in zip(views, picks))
+    one, two = (taken(view["desc"].flatten(1, 2), p) for view, p in zip(views, picks))
     trust = sum(view["desc_conf"].flatten(1).gather(1, p) for view, p in zip(views, picks)) / 2
-    nce, counts = zoo.contrast(one, two, torch.arange(samples, device=pick.device).expand(len(pick), -1)), seen.gather(1, pick)
-    trusted = trust * nce.detach() - 0.2 * trust.log()  # apart from nce: else doubt would silence the descriptors before they learn
+    nce = zoo.contrast(one, two, torch.arange(samples, device=pick.device).expand(len(pick), -1))
+    # Apart from nce: else doubt would silence the descriptors before they learn.
+    trusted = trust * nce.detach() - 0.2 * trust.log()
+    counts = seen.gather(1, pick)
     return loss + matching * ((nce + trusted) * counts).sum() / counts.sum().clamp(min=1)
 
+def taken(x, rows):
+    """Rows [b, m] of each of x [b, n, D]: [b, m, D]."""
+    return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
 
-TINY_DECODER = dict(dim=64, depth=2, maps=(16, 16, 24, 32), features=16, last=16, hidden=128, descriptor=8)  # for encoders narrower than ViT-S
-
-
-def train_two_view(encoder, pairs, name, patch, steps, batch=8, device="cpu", seed=0):
-    """A TwoView on a frozen encoder whose decoder has learned from `pairs` (a sequence or dataset), its patches those of an encoder with
-    this patch size, whatever its own; narrow encoders get a tiny one."""
-    torch.manual_seed(seed)
-    tiny = encoder.embed_dim < 384
-    model = zoo.TwoView(encoder, patch=patch, **(TINY_DECODER if tiny else {})).to(device)
-    for head in (model.downstream_head1, model.downstream_head2):
-        for conv in head.modules():
-            if isinstance(conv, nn.Conv2d):  # torch's own start lets a signal shrink by 0.58 in each of a dozen layers
-                nn.init.kaiming_normal_(conv.weight, nonlinearity="linear")
-        last, local = head.dpt.head["4"], head.head_local_features.fc2
-        nn.init.normal_(last.weight, std=1e-3)  # all points begin three metres ahead
-        last.bias.data = torch.tensor([0.0, 0.0, math.log(4), 0.0], device=device)
-        weight = local.weight.data.view(-1, model.patch**2, local.in_features)
-        weight.copy_(weight[:, :1])  # and the pixels of a patch with one descriptor: places are learned sooner than differences within them
-        nn.init.zeros_(local.bias)
-    with torch.no_grad():  # and with features of mean 0 and variance 1, like every probe here, whichever encoder they are from
-        images = torch.cat([pairs[i]["image"] for i in range(min(32, len(pairs)))]).to(device)
-        std, mean = torch.std_mean(model.encode(images / 127.5 - 1, (images.shape[-1] // patch,) * 2).float(), (0, 1))
-        model.norm.weight.copy_(1 / (std + 1e-6))
-        model.norm.bias.copy_(-mean / (std + 1e-6))
-    params, lr = [p for p in model.parameters() if p.requires_grad], 6e-3 if tiny else 1e-4
-    groups = [{"params": [p for p in params if p.ndim > 1], "weight_decay": 0.3 if tiny else 0.05},  # tiny: for the few pairs it learns from
-              {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.1)
-    workers = 0 if isinstance(pairs, list) else min(8, data.cores())
-    order = torch.utils.data.RandomSampler(pairs, replacement=True, num_samples=steps * batch)
-    for part in tqdm(torch.utils.data.DataLoader(pairs, batch, sampler=order, num_workers=workers), f"two-view decoder on the {name}", leave=False):
-        swap = torch.rand(()) < 0.5  # either view may come first
-        part = {k: (v.flip(1) if swap else v).to(device) for k, v in part.items()}
-        images = part["image"] / 127.5 - 1
-        loss = two_view_loss(model(images[:, 0], images[:, 1]), zoo.pair_geometry(part), 1.0 if tiny else 0.075)  # in a few hundred steps 0.075 teaches no descriptors
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        schedule.step()
-    return model.eval()
-
-
-@torch.no_grad()
 def judge_two_view(model, pairs):
     """{metric: value} on pairs that it has not seen; errors of the pose are medians."""
     rows = []
-    for i in range(len(pairs)):
-        pair = pairs[i]
+    for pair in (pairs[i] for i in range(len(pairs))):
         result = reconstruct(model, *pair["image"], stride=4)
-        points, known, place, seen = (x[0] for x in zoo.pair_geometry({k: v[None] for k, v in pair.items()}))
+        points, known, place, seen = (x[0] for x in zoo.pair_geometry({key: x[None] for key, x in pair.items()}))
         guess = torch.stack([view["pts3d"] for view in result["views"]]).cpu()
-        depth, truth = guess[0, ..., 2][known[0]], pair["depth"][0][known[0]]
+        depth = (guess[0, ..., 2] - pair["depth"][0])[known[0]].square().mean().sqrt()
         a, b = (index.cpu() for index in result["matches"])
-        side, mine = pair["depth"].shape[-1], seen.flatten()[a]  # only matches of what both views see can be judged
-        gap = (place.flatten(0, 1)[a] - pixel_grid(side, side)[b]).norm(dim=-1)[mine]
+        side, judged = pair["depth"].shape[-1], seen.flatten()[a]  # what both views see
+        gap = (place.flatten(0, 1)[a] - side * zoo.centres(side, side)[b]).norm(dim=-1)[judged]
         true = pair["pose"][0].inverse().double() @ pair["pose"][1].double()
         pose = torch.eye(4, dtype=torch.double) if result["pose"] is None else result["pose"]
-        rows.append([(guess - points)[known].norm(dim=-1).mean(), (depth - truth).square().mean().sqrt(), 100 * (gap < 0.05 * side).float().mean(),
+        rows.append([(guess - points)[known].norm(dim=-1).mean(), depth, 100 * (gap < 0.05 * side).float().mean(),
                      angle(pose[:3, :3] @ true[:3, :3].T), 100 * (pose[:3, 3] - true[:3, 3]).norm()])
-    table = torch.tensor(rows)
+    rows = torch.tensor(rows)
     names = "points m", "depth RMSE m", "matches %", "rotation °", "translation cm"
-    return dict(zip(names, [*table[:, :3].nanmean(0).tolist(), *table[:, 3:].median(0).values.tolist()]))
+    return dict(zip(names, [*rows[:, :3].nanmean(0).tolist(), *rows[:, 3:].median(0).values.tolist()]))
 
+# ---- People in one photograph: a head on a frozen encoder, see zoo.People --------------------------------------------
 
-ROOM_PAIRS, UNSEEN_PAIRS = 200, 128
+PEOPLE_SEEDS, PEOPLE, UNSEEN_PEOPLE = 6 * 10**8, 3000, 500
 
-
-def two_view_study(args):
-    """Paper section 4 in miniature: a decoder on the frozen student, on the mast3r teacher, and on a random encoder, in one table."""
-    if not (args.run or args.checkpoint):
-        raise Oops("eval.py two-view wants two photographs, or --run FOLDER to train a decoder on that run's student")
-    args.teacher = args.teacher or ["mast3r"]
-    model, teachers, size = subject(args)
-    if args.data:
-        pairs = FolderPairs(args.data[0], size)
-        held = min(32, len(pairs) // 5 + 1)
-        learn = max(1, len(pairs) - held - 1)  # the pair between shares an image with those that are judged
-        pairs, unseen = (torch.utils.data.Subset(pairs, r) for r in (range(learn), range(len(pairs) - held, len(pairs))))
-    else:
-        pairs, unseen = ([{k: v[i] for k, v in batch.items()} for i in range(len(batch["image"]))]
-                         for batch in (zoo.room_pairs(ROOM_SEEDS, ROOM_PAIRS, size), zoo.room_pairs(data.TEST_SCENES, UNSEEN_PAIRS, size)))
-    torch.manual_seed(args.seed)
-    blank = random_encoder(model.encoder).to(args.device)
-    values, shown = {}, unseen[0]["image"]
-    for name, encoder in {"student": model.encoder, **{f"teacher {t}": x.vit for t, x in teachers.items()}, "random encoder": blank}.items():
-        for seed in range(args.seed, args.seed + args.seeds):
-            trained = train_two_view(encoder, pairs, name, model.encoder.patch_size, args.steps, device=args.device, seed=seed)
-            values.setdefault(name, []).append(judge_two_view(trained, unseen))
-            if name == "student" and seed == args.seed:
-                picture = two_view_picture(output(args, ".png"), shown, reconstruct(trained, *shown, stride=4))
-                path = output(args, ".pt")
-                torch.save(zoo.two_view_layout(trained), path + ".part")
-                os.replace(path + ".part", path)
-    mean, spread = mean_and_spread(values)
-    print(f"a two-view decoder on each frozen encoder, {len(pairs)} pairs, {args.steps} steps, judged on {len(unseen)} pairs{'' if args.data else ' of rooms'} not seen")
-    report(args, size, mean, f"{picture}, {path} (the student with its decoder: eval.py two-view A B --weights {path})", spread if args.seeds > 1 else None, values=values)
-
-
-def command_two_view(args):
-    """Two photographs to 3D: point cloud, picture, focal length and pose; with --run, a decoder trained on the run's frozen student."""
+def command_people(args):
     if not args.images:
-        return two_view_study(args)
-    if len(args.images) != 2:
-        raise Oops(f"two-view takes two images, not {len(args.images)}: eval.py two-view a.jpg b.jpg (or --run FOLDER)")
-    pictures = [data.load_image(path) for path in args.images]
-    cloud, picture = output(args, ".ply"), output(args, ".png")
-    weights = args.weights[-1] if args.weights else f"{args.run}/two-view.pt" if args.run else None
-    model = zoo.load_two_view(weights, args.device)
-    longest = args.image_size or (512 if model.norm is None else model.encoder.grid * model.patch)
-    images = [data.fit_image(x, longest, model.patch) for x in pictures]
-    result = reconstruct(model, *images)
-    points, colours = [], []
-    for image, view in zip(images, result["views"]):
-        keep = view["conf"] >= view["conf"].median().clamp(max=1.5)
-        points.append(view["pts3d"][keep].cpu()), colours.append(image.permute(1, 2, 0)[keep.cpu()])
-    write_ply(cloud, torch.cat(points).numpy(), torch.cat(colours).numpy())
-    two_view_picture(picture, images, result)
-    matches, agree = len(result["inside"]), int(result["inside"].sum())
-    print(f"wrote {cloud} ({sum(map(len, points)):,} points) and {picture}\n{matches} matches, {agree} agree on one pose")
-    if agree < max(12, 0.2 * matches):
-        raise Oops(f"only {agree} of {matches} matches agree: no pose; do the two images overlap?")
-    if min(result["focal"]) <= 1:
-        raise Oops("no focal length: the points lie where no camera sees them; other weights than the model's, or a decoder that has not learned?")
-    for path, focal, image in zip(args.images, result["focal"], images):
-        height, width = image.shape[1:]
-        print(f"focal length of {path}: {focal:.1f} px at {width}x{height} (field of view {2 * math.degrees(math.atan(width / 2 / focal)):.1f} degrees)")
-    pose = result["pose"]
-    print(f"camera 2 in camera 1's frame: turned by {angle(pose[:3, :3]):.2f} degrees, moved by {pose[:3, 3].norm():.3f} m\n{np.array2string(pose.numpy(), precision=4, suppress_small=True)}")
+        return people_study(args)
+    if len(args.images) > 1:
+        raise Oops(f"people takes one image, not {len(args.images)}: eval.py people photo.jpg (or --run FOLDER)")
+    photo = args.images[0]
+    picture, fov = data.load_image(photo), args.fov or exif_fov(photo) or 60
+    path = args.weights[-1] if args.weights else f"{args.run or '.'}/people.pt"
+    if not args.weights and not os.path.exists(path):
+        raise Oops(f"no {path} yet: eval.py people --run FOLDER trains it; or pass --weights FILE")
+    model = zoo.load_people(path, args.device)
+    image = data.fit_image(picture, args.image_size or model.size, model.patch)
+    (width, height), focal = picture.size, max(picture.size) / 2 / math.tan(math.radians(fov) / 2)
+    K = torch.tensor([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
+    shrink = torch.tensor([[image.shape[2] / width], [image.shape[1] / height], [1]])
+    images, cameras = data.normalise(image[None].to(args.device)), (shrink * K)[None].to(args.device)
+    people = [{key: value.cpu() for key, value in person.items()} for person in model(images, cameras)[0]]
+    print(f"{len(people) or 'no'} people; the view is {fov:.1f} degrees wide (the longer side)")
+    for person in people:  # in the photograph's pixels
+        person["joints2d"] = zoo.project(person["joints3d"], K)
+        person["head"] = person["joints2d"][model.head]
+        print(f"  {person['distance']:.2f} m away, score {person['score']:.2f}")
+    args.out = args.out or f"{args.run or '.'}/people-{os.path.splitext(os.path.basename(photo))[0]}"
+    drawn = people_picture(output(args, ".png"), picture, people, K, model.bones.tolist())
+    content = [{key: value.tolist() for key, value in person.items()} for person in people]
+    print(f"wrote {drawn}, {write_json(args, {'fov': fov, 'K': K.tolist(), 'people': content})}")
 
+def exif_fov(path):
+    """Degrees across the longer side, from the EXIF focal length (of 35 mm film); 0 if there is none."""
+    try:
+        with Image.open(path) as image:
+            focal = float(image.getexif().get_ifd(0x8769)[0xA405])
+        return math.degrees(2 * math.atan(18 / focal)) if 0.2 < focal < 2000 else 0
+    except Exception:  # none, or broken in a whole picture
+        return 0
 
-COMMON = {  # name: how argparse reads it
-    "run": dict(help="folder of a run"),
-    "checkpoint": dict(help="one of our checkpoints, or a published DUNE or UNIC file or name"),
-    "teacher": dict(action="append", default=[], metavar="NAME", help="a bare teacher (pca, loss, spectrum, study: only these of the student's); may be repeated"),
-    "weights": dict(action="append", default=[], metavar="TEACHER=FILE", help="a teacher's weights, instead of downloading them"),
-    "image-size": dict(type=int, default=0, help="pixels; default: the size the student was trained at, 336 for a teacher alone"),
-    "out": dict(help="where to write (the name without .json, .png; ablate: a folder); default: beside the run, or here"),
-    "device": dict(default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda"),
-    "seed": dict(type=int, default=0, help="of the probes"),
-}
-OPTIONS = {
-    "through": dict(action="append", default=[], metavar="TEACHER", help="look at the student through this projector; may be repeated (also: encoder)"),
-    "train": dict(help="folder to train the probe on"),
-    "test": dict(help="folder to test it on"),
-    "token": dict(choices=("cls", "patch", "both"), help="class token, mean patch token, both; default: class token if there is one"),
-    "k": dict(type=int, default=20, help="neighbours"),
-    "temperature": dict(type=float, default=0.07, help="of their votes"),
-    "steps": dict(type=int, default=1000, help="training steps of the probe (ablate: of the student, default 60)"),
-    "sliding": dict(action="store_true", help="look through square windows instead of at the whole image squeezed to a square"),
-    "classes": dict(type=int, default=0, help="how many; default: as many as --train shows"),
-    "ignore": dict(type=int, nargs="+", default=[255], help="labels that count for nothing (ADE20K: 0)"),
-    "depth-scale": dict(type=float, default=1000.0, help="units of a depth or disparity PNG per metre or pixel"),
-    "max-depth": dict(type=float, default=10.0, help="metres"),
-    "pair": dict(nargs="+", metavar="A B [WORD=FILE]", help="two images and what is known: homography=, disparity=, or depth= camera= [depth_b=]"),
-    "pairs": dict(metavar="LIST", help="a text file with such lines"),
-    "upsample": dict(type=int, default=4, help="how many times finer the second row's features are interpolated"),
-    "image": dict(nargs="+", default=[], help="photographs to look at"),
-    "data": dict(action="append", default=[], metavar="TEACHER=SOURCE", help="images, as for train.py; none: procedural scenes"),
-    "seeds": dict(type=int, default=3, help="how many"),
-    "images": dict(nargs="*", help="two photographs"),
-    "quick": dict(action="store_true", help="only the recipe and single changes of it, half as long, at equal steps"),
-}
-COMMANDS = {  # name: (function, its own options, its own defaults)
-    "study": (command_study, "seeds", {}), "ablate": (command_ablate, "steps seeds quick", dict(steps=60, seeds=2)),
-    "pca": (command_pca, "image data", {}), "loss": (command_loss, "data", {}),
-    "spectrum": (command_spectrum, "image data", {}), "alignment": (command_alignment, "", {}),
-    "knn": (command_knn, "train test through token k temperature", {}), "linear": (command_linear, "train test through token steps", {}),
-    "seg": (command_seg, "train test through steps sliding classes ignore", {}),
-    "depth": (command_depth, "train test through steps sliding depth-scale max-depth", {}),
-    "match": (command_match, "pair pairs through upsample depth-scale", {}),
-    "two-view": (command_two_view, "images data steps seeds", dict(steps=250, seeds=1)),
-}
+def people_study(args):
+    """A people head on the frozen student, on a teacher and on a random encoder."""
+    if not (args.run or args.checkpoint):
+        raise Oops("eval.py people wants a photograph, or --run FOLDER to train a head on that run's student")
+    args.teacher = args.teacher or ["multihmr"]
+    look = subject(args)
+    values, path = {}, output(args, ".pt")
+    known, unseen = people_scenes(args, look)
+    for name, encoder, seed in frozen_encoders(args, look):
+        model = train_people(encoder, known, name, look, args, seed)
+        values.setdefault(name, []).append(judge_people(model, unseen, args.pelvis))
+        if name == "student" and seed == args.seed:
+            with dune.writing(path) as file:
+                torch.save(zoo.people_layout(model), file)
+    mean, spread = mean_and_spread(values)
+    print(f"a people head on each frozen encoder, {len(known['image'])} images, {args.steps} steps, judged on "
+          f"{len(unseen['image'])} not seen; 3D of those found")
+    report(args, look, mean, f"{path} (eval.py people photo.jpg --weights {path})", spread, values=values)
 
+def people_scenes(args, look):
+    """[to learn from, unseen], each {"image" uint8 [n, 3, S, S], "K" [n, 3, 3], "joints3d" [n, P, J, 3], "visible" bool
+    [n, P]}: procedural people, or a folder's NAME.jpg beside NAME.npz, the last fifth of it (32 at most) unseen."""
+    if not args.data:
+        args.pelvis = data.JOINTS.index("pelvis") if args.pelvis is None else args.pelvis
+        parts = [data.labelled_scenes("people", start + 10**6 * args.seed, count, look.size)
+                 for start, count in ((PEOPLE_SEEDS, PEOPLE), (data.TEST_SCENES + 3 * 10**8, UNSEEN_PEOPLE))]
+    else:
+        scenes = [labelled_people(*paths, look.size) for paths in itertools.chain(*with_labels(args.data[0]))]
+        if len(scenes) < 2 or len({scene["joints3d"].shape[1] for scene in scenes}) > 1:
+            raise Oops(f"{args.data[0]} holds fewer than two pairs (NAME.jpg beside NAME.npz with joints3d, K and "
+                       "perhaps visible), or people with different numbers of joints")
+        held = min(32, len(scenes) // 5 + 1)
+        pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)  # of as many people
+        parts = [{key: pad([scene[key] for scene in part]) for key in part[0]}
+                 for part in (scenes[:-held], scenes[-held:])]
+    for part in parts:
+        if max(args.head, args.pelvis or 0) >= part["joints3d"].shape[2]:
+            raise Oops(f"people have {part['joints3d'].shape[2]} joints here, counted from 0: --head, --pelvis")
+        heads = part["joints3d"][:, :, args.head]
+        place = zoo.project(heads, part["K"])
+        part["visible"] = part["visible"] & (heads[..., 2] > 0.1) & ((place >= 0) & (place < look.size)).all(-1)
+        if not part["visible"].any():
+            raise Oops("no head is visible in the centre squares: are joints3d in the camera's frame, in metres?")
+    return parts
+
+def labelled_people(image, labels, size):
+    """One image of a folder, as in people_scenes()."""
+    scene, *_ = labelled_square(image, labels, size, ("joints3d", "K"), ("visible",))
+    joints = scene["joints3d"]
+    visible = scene.setdefault("visible", torch.ones(len(joints))) > 0
+    if joints.ndim != 3 or joints.shape[2] != 3 or visible.shape != joints.shape[:1] or not joints.isfinite().all():
+        raise Oops(f"{labels}: expected joints3d [P, J, 3], finite, and visible [P], if at all")
+    return {**scene, "visible": visible}
+
+def train_people(encoder, scenes, name, look, args, seed, batch=32):
+    """A zoo.People on a frozen encoder, whose tokens are computed once."""
+    torch.manual_seed(seed)
+    model = zoo.People(encoder, scenes["joints3d"].shape[2], args.head, look.size, look.patch).to(look.device)
+    model.bones.copy_(torch.tensor(bones_of(scenes["joints3d"][scenes["visible"]])).reshape(-1, 2))
+    parts = (data.normalise(part.to(look.device)) for part in scenes["image"].split(50))
+    tokens = torch.cat([model.tokens(part).half() for part in parts])
+    standardise(model.norm, model.norm(tokens[::8].float()))
+    order = torch.cat([torch.randperm(len(tokens)) for _ in range(1 + args.steps * batch // len(tokens))])
+
+    def loss(step):
+        rows = order[step * batch:(step + 1) * batch]
+        labels = [scenes[key][rows].to(look.device) for key in ("K", "joints3d", "visible")]
+        with torch.autocast(look.device.type, torch.bfloat16, enabled=dune.fast_bf16(look.device)):
+            return people_loss(model, tokens[rows.to(look.device)].float(), look.grid, *labels)
+    groups = [{"params": [p for part in (model.norm, model.embed, model.blocks, model.last, model.out)
+                          for p in part.parameters()]},
+              {"params": list(model.score.parameters()), "lr": 3e-2}]  # linear: as fast as a probe
+    zoo.fit(groups, loss, args.steps, 3e-3, weight_decay=0.05, clip=1.0, what=f"people head on the {name}")
+    return model.eval()
+
+def people_loss(model, tokens, grid, K, joints, visible):
+    """Cross-entropy of which patches hold heads; L1 of heads (patches), log distance, joints (metres, image sides)."""
+    image, person = visible.nonzero(as_tuple=True)
+    K_of, true, head = K[image], joints[image, person], model.head
+    seen = zoo.project(true, K_of)
+    col, row = (seen[:, head] / model.patch).long().unbind(-1)
+    patch = row * grid[1] + col
+    tokens, scores = model.read(tokens, K, grid)
+    guess = model.decode(model.query(tokens, image, patch), patch, K_of, grid[1])
+    holds = torch.zeros_like(scores)
+    holds[image, patch] = 1
+    pairs = [(1 / model.patch, guess["head"], seen[:, head]), (1, guess["distance"].log(), true[:, head, 2].log()),
+             (10, guess["joints3d"] - guess["joints3d"][:, head, None], true - true[:, head, None]),
+             (10 / model.size, guess["joints2d"].clamp(-model.size, 2 * model.size), seen)]
+    apart = sum(weight * (a - b).abs().sum() / max(1, a.numel()) for weight, a, b in pairs)
+    return apart + F.binary_cross_entropy_with_logits(scores, holds, reduction="sum") / len(scores)
+
+def bones_of(joints):
+    """Pairs of joints to connect in pictures: the tree of those whose distance varies least in people [n, J, 3]."""
+    varies = torch.cdist(joints[:1000], joints[:1000]).std(0, correction=0)
+    bones, reached = [], [0]
+    while len(reached) < len(varies):
+        left = varies[reached].index_fill(1, torch.tensor(reached), math.inf)
+        a, b = divmod(left.argmin().item(), len(varies))
+        bones.append((reached[a], b))
+        reached.append(b)
+    return bones
+
+def judge_people(model, scenes, pelvis=None):
+    """{metric: value} on scenes as of people_scenes(). Who is surest is matched first, with the nearest head that is
+    left, if within 5 % of the side; 3D errors are of those found, aligned at the pelvis (None: the mean of the joints)
+    or, PA, also by rotation and scale."""
+    device, near, errors, guesses = model.norm.weight.device, [], [], 0
+    for image, K, joints, visible in zip(*(scenes[key] for key in ("image", "K", "joints3d", "visible"))):
+        found = model(data.normalise(image[None].to(device)), K[None].to(device))[0]
+        guesses += len(found)
+        seen, free = zoo.project(joints, K), visible.nonzero()[:, 0].tolist()
+        for person in ({key: value.cpu() for key, value in person.items()} for person in found):
+            gap = (seen - person["joints2d"]).norm(dim=-1) / model.size
+            best = min(free, key=lambda k: gap[k, model.head], default=None)
+            if best is None or gap[best, model.head] > 0.05:
+                continue
+            free.remove(best)
+            near.append(gap[best] <= 0.05)
+            a, b = (x - (x.mean(0) if pelvis is None else x[pelvis]) for x in (person["joints3d"], joints[best]))
+            ahead = joints[best, model.head, 2]
+            errors.append([100 * (a - b).norm(dim=-1).mean(), 100 * aligned_error(a, b),
+                           100 * (person["distance"] - ahead).abs() / ahead])
+    there, hits = int(scenes["visible"].sum()), len(errors)
+    errors = torch.tensor(errors or [[math.nan] * 3])
+    counts = {"precision": hits / max(1, guesses), "recall": hits / there, "F1": 2 * hits / (guesses + there),
+              "joints 2D": torch.stack(near).sum().item() / there / joints.shape[1] if near else 0.0}
+    return {**{key: 100 * value for key, value in counts.items()}, "joints 3D": errors[:, 0].mean().item(),
+            "joints PA": errors[:, 1].mean().item(), "distance": errors[:, 2].median().item()}
+
+def aligned_error(a, b):
+    """Mean distance of points a from b [n, 3] once a is turned, scaled and moved as near as can be (Procrustes)."""
+    rotation, _ = rigid_fit(a, b)
+    a, b = (a - a.mean(0)) @ rotation.mT, b - b.mean(0)
+    scale = (a * b).sum() / a.square().sum().clamp(min=1e-12)
+    return (scale * a - b).norm(dim=-1).mean()
+
+# ---- What is looked at -----------------------------------------------------------------------------------------------
+
+@dataclass
+class Reader:
+    """Frozen features under one name: function(normalised images [B, 3, H, W]) -> {"cls": [B, D] or None, "patch":
+    [B, N, D]}; modules: those whose weights the features depend on."""
+    name: str
+    function: object
+    patch_size: int
+    modules: list
+
+    @torch.no_grad()
+    def __call__(self, images):
+        """uint8 images [B, 3, H, W] -> features, fp32, on the device of the weights: what follows is computed there."""
+        device = next((p.device for module in self.modules for p in module.parameters()), torch.device("cpu"))
+        with torch.autocast(device.type, torch.bfloat16, enabled=dune.fast_bf16(device)):
+            return joined([self.function(data.normalise(images.to(device)))])
+
+    @property
+    def key(self):
+        """A hash of the weights, for the cache."""
+        sha = hashlib.sha1(str(self.patch_size).encode())
+        for tensor in (x for module in self.modules for _, x in sorted(module.state_dict().items())):
+            sha.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return sha.hexdigest()
+
+def student_readers(model, names):
+    """Readers of the student's encoder (name "encoder") or through projectors (teachers' names)."""
+    def reader(t):
+        if t == "encoder":
+            return Reader(t, model.encoder, model.encoder.patch_size, [model.encoder])
+        if t not in model.projectors:
+            raise Oops(f"the student has no projector for {t}: it has {', '.join(model.projectors)}")
+        projector = model.projectors[t]
+
+        def read(images):
+            return model.project(t, model.encoder.tokens(images, every_block=projector.reads_every_block))
+        return Reader(f"through {t}", read, model.encoder.patch_size, [model.encoder, projector])
+    return [reader(dune.ALIASES.get(name, name)) for name in names]
+
+def teacher_reader(name, teacher, patch):
+    """A teacher on the token grid of this patch size, whatever its own is."""
+    def read(images):
+        return teacher(images, (images.shape[-2] // patch, images.shape[-1] // patch))
+    return Reader(name, read, patch, [teacher])
+
+def subject(args, every_teacher=True):
+    """What a command looks at: .model (a student or None), .teachers {name: FrozenTeacher}, their .rows of TEACHERS,
+    .readers of both, .size and .patch (pixels), .grid (tokens), .device. Without --teacher: all of the student's;
+    every_teacher=False: none."""
+    model, weights, size = None, {}, 336
+    path = f"{args.run}/checkpoint.pt" if args.run else args.checkpoint
+    if path:
+        path = dune.fetch(dune.PUBLISHED.format(path)) if path in dune.PUBLISHED_NAMES else path
+        file = dune.read_checkpoint(path)
+        model = dune.model_from(file, path).to(args.device)
+        size = model.encoder.grid * model.encoder.patch_size
+        if isinstance(file.get("args"), dict):  # one of ours
+            size = dune.entry(file["args"], "image_size", int, path, size)
+        stored = dune.entry(file, "weights", dict, path, {})
+        weights = {t: dune.entry(stored, t, str, path) for t in stored}
+    if any("=" not in item for item in args.weights):
+        raise Oops("--weights: write TEACHER=FILE")
+    weights.update(item.split("=", 1) for item in args.weights)
+    names = args.teacher or (list(model.projectors) if model and every_teacher else [])
+    through = getattr(args, "through", [])
+    if not model and (through or not names):
+        raise Oops("say what to look at: --run FOLDER or --checkpoint FILE (with --through TEACHER if you like), "
+                   "--teacher NAME, or both")
+    teachers = {t: zoo.load_teacher(t, weights.get(t), args.device) for t in names}
+    patch = (model.encoder if model else teachers[names[0]]).patch_size
+    size = args.image_size or size
+    if size < patch or size % patch:
+        fits = max(1, round(size / patch)) * patch
+        raise Oops(f"--image-size {size} is no multiple of the patch size {patch}: take {fits}")
+    readers = student_readers(model, through or ["encoder"]) if model else []
+    readers += [teacher_reader(t, teacher, patch) for t, teacher in teachers.items()]
+    rows = {t: zoo.TEACHERS[t] for t in teachers}
+    return argparse.Namespace(model=model, teachers=teachers, rows=rows, readers=readers, size=size, patch=patch,
+                              grid=(size // patch,) * 2, device=args.device)
+
+def some_images(args, look):
+    """As held_out(): --image, else some held-out images of --data or of the procedural scenes."""
+    if not getattr(args, "image", ()):
+        return held_out([], data.parse_data(args.data, look.rows), look.rows, look.size)
+    pictures = [data.load_image(path) for path in args.image]
+    images = [data.fit_image(picture, look.size, look.patch) for picture in pictures]
+    if len({image.shape for image in images}) > 1:
+        images = [data.val_transform(picture, look.size) for picture in pictures]
+    return {"image": torch.stack(images), "show": list(range(len(images)))}
+
+# ---- Pictures --------------------------------------------------------------------------------------------------------
+
+def save_picture(image, path):
+    with dune.writing(path) as file:
+        image.save(file, "PNG")
+    return path
+
+def command_pca(args):
+    look = subject(args)
+    images = some_images(args, look)
+    path = pca_sheet(look.model, look.teachers, images["image"][images["show"]], output(args, ".png"))
+    print(f"wrote {path}")
+
+@torch.no_grad()
+def pca_sheet(model, teachers, images, path):
+    """Write the paper's Figure 2 for uint8 images [n, 3, H, W] and return the path: image, the student's own features,
+    then for each teacher its features (standardised) and what the student says through that projector, in the same
+    colours. model may be None."""
+    first = model or next(iter(teachers.values()))
+    training = first.training
+    x = data.normalise(images.to(next(first.eval().parameters()).device))
+    patch = model.encoder.patch_size if model else first.patch_size
+    grid = (images.shape[-2] // patch, images.shape[-1] // patch)
+    columns = {"image": images.permute(0, 2, 3, 1).numpy()}
+    projected = model(x) if model else {}
+    if model:
+        columns["student"] = pca_colours(model.encoder(x)["patch"], grid[0], patch)
+    for t, teacher in teachers.items():
+        features = teacher(x, grid)
+        features = (model.teacher_norms[t](features) if t in projected else features)["patch"]
+        basis = pca_basis(features)
+        columns[f"teacher\n{t}"] = pca_colours(features, grid[0], patch, basis)
+        if t in projected:
+            columns[f"student as\n{t}"] = pca_colours(projected[t]["patch"], grid[0], patch, basis)
+    first.train(training)
+    cell = max(112, min(256, *images.shape[-2:]))
+    data.contact_sheet([list(row) for row in zip(*columns.values())], path, columns=list(columns), cell=cell)
+    return path
+
+def pca_basis(features):
+    """What pca_colours shows of [n, N, D] patch features: (mean [D], three directions [D, 3], low [3], high [3])."""
+    flat = features.float().flatten(0, 1)
+    mean = flat.mean(0)
+    _, _, directions = torch.pca_lowrank(flat - mean, q=min(6, *flat.shape), center=False, niter=4)
+    colours = (flat - mean) @ directions[:, :3]
+    sign = colours.pow(3).sum(0).sign()  # a component's sign is arbitrary: fix it
+    low, high = (colours * sign).quantile(torch.tensor([0.02, 0.98], device=colours.device), dim=0)
+    return mean, directions[:, :3] * sign, low, high
+
+def pca_colours(features, rows, scale, basis=None):
+    """[n, N, D] patch features -> uint8 [n, rows*scale, cols*scale, 3]: three principal components (their own, or
+    pca_basis of others)."""
+    mean, directions, low, high = basis or pca_basis(features)
+    colours = ((features.float() - mean) @ directions - low) / (high - low).clamp(min=1e-9)
+    small = (colours.clamp(0, 1) * 255).byte().unflatten(1, (rows, -1)).cpu().numpy()
+    return small.repeat(scale, 1).repeat(scale, 2)
+
+COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b"]
+
+def draw_curves(path, panels, width=560, height=300):
+    """Write a PNG of line plots side by side and return its path. panels {title: {label: (x values, y values)}}; y is
+    logarithmic where it spans 30x."""
+    image = Image.new("RGB", (width * len(panels), height), "white")
+    draw = ImageDraw.Draw(image)
+    for i, (title, curves) in enumerate(panels.items()):
+        left, top, right, bottom = width * i + 62, 30, width * (i + 1) - 14, height - 28
+        draw.text((left, 8), title, fill="black", font_size=14)
+        draw.rectangle((left, top, right, bottom), outline="#999")
+        curves = {label: [(x, y) for x, y in zip(*line) if abs(y) < 1e30] for label, line in curves.items()}  # not NaN
+        xs, ys = ([point[axis] for line in curves.values() for point in line] or [0] for axis in (0, 1))
+        log = min(ys) > 0 and max(ys) / min(ys) > 30
+        scale, back = (math.log, math.exp) if log else (float, float)
+        low, span = scale(min(ys)), scale(max(ys)) - scale(min(ys)) or abs(max(ys)) or 1
+
+        def place(x, y):
+            across = (x - min(xs)) / (max(xs) - min(xs) or 1)
+            return left + across * (right - left), bottom - 4 - (scale(y) - low) / span * (bottom - top - 8)
+        for value in (back(low + span * k / 4) for k in range(5)):
+            y = place(xs[0], value)[1]
+            draw.line((left, y, right, y), fill="#eee")
+            draw.text((left - 6, y), f"{value:.3g}", fill="#555", font_size=11, anchor="rm")
+        for x in (min(xs), max(xs)):
+            draw.text((place(x, ys[0])[0], bottom + 6), f"{x:g}", fill="#555", font_size=11, anchor="ma")
+        for k, (label, line) in enumerate(curves.items()):
+            colour = COLOURS[k % len(COLOURS)]
+            draw.line([place(*point) for point in line[:1] + line], fill=colour, width=2)
+            draw.text((right - 6, top + 5 + 14 * k), label, fill=colour, font_size=12, anchor="ra")
+    return save_picture(image, path)
+
+def plot_logs(folders):
+    """Draw the logs of runs over each other (teachers' losses, lr, images/s) into plot.png of the first's folder."""
+    losses, rates, speeds = {}, {}, {}
+    for folder in folders:
+        lines = read_log(folder)
+        if not lines:
+            raise Oops(f"{folder} holds no log.jsonl of a run")
+        run = "" if len(folders) == 1 else f"{os.path.basename(os.path.normpath(folder))} "
+        steps = [line["step"] for line in lines]
+        for t in teachers_of(lines):
+            losses[run + t] = steps, [number(line, t, "loss") for line in lines]
+        rates[f"{run}lr"] = steps, [number(line, "lr") for line in lines]
+        speeds[f"{run}images/s"] = steps, [number(line, "images_per_s") for line in lines]
+    panels = {"loss of each teacher, by step": losses, "learning rate": rates, "images/s": speeds}
+    return draw_curves(os.path.join(folders[0], "plot.png"), panels)
+
+def palette(n):
+    """uint8 [n + 1, 3]: colours that differ, the last one (of what is ignored) black."""
+    colours = np.random.default_rng(2).integers(40, 256, (n + 1, 3), dtype=np.uint8)
+    colours[n] = 0
+    return colours
+
+def depth_colours(depth, low, high):
+    """[H, W] metres -> uint8 [H, W, 3], near is warm; nothing measured is black."""
+    x = 1 - (depth.clamp(low, high).log() - math.log(low)) / max(1e-6, math.log(high / low))
+    stops = np.array([[48, 18, 90], [40, 100, 230], [30, 200, 160], [200, 225, 60], [250, 130, 30], [150, 10, 10]])
+    colours = np.stack([np.interp(x.numpy(), np.linspace(0, 1, 6), stops[:, c]) for c in range(3)], -1)
+    return (colours * (depth > 0).numpy()[..., None]).astype(np.uint8)
+
+def small(picture):
+    """uint8 [h, w, 3] with its longest side at most 256, by leaving out pixels."""
+    step = max(1, math.ceil(max(picture.shape[:2]) / 256))
+    return picture[::step, ::step]
+
+def side_by_side(args, pictures):
+    """Write {reader: [(image path, truth, prediction)]}: a row for each of the first images; returns the path."""
+    rows = []
+    for same in itertools.islice(zip(*pictures.values()), PICTURES):
+        image = small(np.asarray(data.load_image(same[0][0])))
+        rows.append([image, same[0][1], *(guess for _, _, guess in same)])
+    path = output(args, ".png")
+    data.contact_sheet(rows, path, columns=["image", "truth", *pictures])
+    return path
+
+def match_picture(images, matches, path, count=60):
+    """Write two PIL images side by side with some of their matches, from the best to the worst."""
+    best = matches.similarity.argsort(descending=True)
+    shown = best[torch.linspace(0, len(best) - 1, min(count, len(best))).long()]
+    looks = [np.asarray(x.resize([max(1, round(s * 480 / max(x.size))) for s in x.size])) for x in images]
+    return draw_matches(path, [looks], matches.a[shown], matches.b[shown], matches.error[shown])
+
+def draw_matches(path, rows, places_a, places_b, error):
+    """Write pairs of pictures, uint8 [h, w, 3], side by side, with lines between matches over the first pair: green
+    within 5 % of the side, red beyond, blue if nothing is known. places [n, 2]: fractions of the sides; error as in
+    Matches. Returns the path."""
+    a, b = rows[0]
+    left, height = a.shape[1] + 8, max(a.shape[0], b.shape[0]) + 8
+    sheet = Image.new("RGB", (left + b.shape[1], height * len(rows) - 8), "white")
+    for i, row in enumerate(rows):
+        sheet.paste(Image.fromarray(row[0]), (0, i * height))
+        sheet.paste(Image.fromarray(row[1]), (left, i * height))
+    draw = ImageDraw.Draw(sheet)
+    for p, q, e in zip(places_a.tolist(), places_b.tolist(), error.tolist()):
+        colour = "#3af" if math.isnan(e) else "#2d3" if e <= 0.05 else "#f33"
+        ends = (p[0] * a.shape[1], p[1] * a.shape[0]), (left + q[0] * b.shape[1], q[1] * b.shape[0])
+        draw.line(ends, fill=colour, width=1)
+        for end in ends:
+            draw.circle(end, 3, outline=colour, width=2)
+    return save_picture(sheet, path)
+
+def two_view_picture(path, images, result, lines=40):
+    """Write a PNG: both images with the best matches that agree drawn between them, depth below (near is warm),
+    confidence below (high is warm). Returns the path."""
+    pairs = torch.stack(result["matches"], 1).cpu()[result["inside"]][:4 * lines]
+    pairs = pairs[::max(1, len(pairs) // lines)][:lines]  # the best ones, thinned out
+    places = [zoo.centres(*image.shape[1:])[at] for image, at in zip(images, pairs.T)]
+    scale = max(1, 320 // max(images[0].shape))
+
+    def colours(values):
+        low, high = np.percentile(values.cpu(), (2, 98))
+        return depth_colours(values.cpu(), max(low, 1e-6), max(high, 2e-6))
+    rows = [[image.permute(1, 2, 0).numpy() for image in images],
+            [colours(view["pts3d"][..., 2].clamp(min=1e-3)) for view in result["views"]],
+            [colours(1 / view["conf"]) for view in result["views"]]]
+    larger = [[picture.repeat(scale, 0).repeat(scale, 1) for picture in row] for row in rows]
+    return draw_matches(path, larger, *places, torch.full((len(pairs),), math.nan))
+
+def study_picture(path, scenes, said, grid, side=168, count=3):
+    """Write DUNE's Figure 1 in miniature: test images, the truth, and what linear probes say. Returns the path.
+    scenes, said: see study_row()."""
+    def large(x):  # [N] or [N, C] -> [side, side, C]
+        maps = x.float().view(*grid, -1).permute(2, 0, 1)[None]
+        return F.interpolate(maps, (side, side), mode="bilinear")[0].permute(1, 2, 0)
+
+    def mask(picture, kind, patch):
+        at = large(patch).argmax(-1)[..., None].numpy()
+        look = np.where(at > 0, 0.3 * np.asarray(picture) + 0.7 * colours[at[..., 0] - 1], 0.4 * np.asarray(picture))
+        look = Image.fromarray(look.astype(np.uint8))
+        ImageDraw.Draw(look).text((6, side - 4), list(data.KINDS)[kind], "white", font_size=18, anchor="ls")
+        return look
+
+    def person(picture, joints):
+        look = picture.copy()
+        draw_skeleton(ImageDraw.Draw(look), side * joints, bones, "#d22")
+        return look
+    colours, joints = palette(len(data.KINDS)), len(data.JOINTS)
+    bones = bones_of(data.labelled_scenes("people", 0, 60, 28)["joints3d"][:, 0])
+    image = {domain: scenes[domain][2].cpu() for domain in said}
+    truth, out = ({domain: on("cpu", x) for domain, x in batch.items()}
+                  for batch in ({domain: scenes[domain][3] for domain in said}, said))
+    seen = truth["people"]["at"][0].bincount(minlength=len(image["people"]))  # joints in each image
+    alone = torch.where(seen <= joints, seen, 0).topk(count).indices.tolist()  # of people, show one, all in the image
+    rows = []
+    for i, k in enumerate(alone):
+        one, room, two = (Image.fromarray(image[domain][j].permute(1, 2, 0).numpy()).resize((side, side))
+                          for domain, j in (("objects", i), ("rooms", i), ("people", k)))
+        true, guess = ({domain: {key: v[i] for key, v in x[domain].items()} for domain in ("objects", "rooms")}
+                       for x in (truth, out))
+        patch = F.one_hot(true["objects"]["patch"], len(data.KINDS) + 1), guess["objects"]["patch"].softmax(-1)
+        ends = [end.exp().item() for end in true["rooms"]["depth"].aminmax()]
+        mine, place = truth["people"]["at"][0] == k, torch.full((joints, 2), math.nan)
+        place[truth["people"]["at"][2, mine]] = truth["people"]["truth"][mine]
+        best = out["people"]["near"][k].argmax(0)
+        kind = true["objects"]["kind"], guess["objects"]["kind"].argmax()
+        rows.append([one, *(mask(one, *says) for says in zip(kind, patch)), room,
+                     *(depth_colours(large(x["rooms"]["depth"])[..., 0].exp(), *ends) for x in (true, guess)),
+                     *((127.5 + 127.5 * large(x["rooms"]["normals"])).byte() for x in (true, guess)),
+                     two, person(two, place), person(two, out["people"]["place"][k, best, torch.arange(joints)])])
+    columns = "object truth student room depth student normals student people truth student".split()
+    data.contact_sheet([[np.asarray(picture) for picture in row] for row in rows], path, columns)
+    return path
+
+def people_picture(path, picture, people, K, bones, height=480):
+    """Write a PNG: the photograph with skeletons, and people from above, lines a metre apart. Returns the path."""
+    picture = picture.resize([max(1, round(side * height / picture.height)) for side in picture.size])
+    sheet = Image.new("RGB", (picture.width + height, height), "white")
+    photo, draw = ImageDraw.Draw(picture), ImageDraw.Draw(sheet)
+    ends = torch.cat([torch.tensor([[1.5, 0.0, 3.0]]), *(person["joints3d"] for person in people)]).abs().amax(0)
+    reach = math.ceil(max(2 * ends[0], ends[2])) + 1
+    metre, camera = (height - 30) / reach, torch.tensor([picture.width + height / 2, height - 20])
+    for k in range(reach):
+        y = camera[1].item() - k * metre
+        draw.line((picture.width, y, sheet.width, y), "#ddd")
+        draw.text((picture.width + 6, y), f"{k} m", "#777", font_size=12, anchor="lb")
+    for side in (-1, 1):  # what the camera sees
+        edge = camera + reach * metre * torch.tensor([side * K[0, 2] / K[0, 0], -1])
+        draw.line((*camera.tolist(), *edge.tolist()), "#aaa")
+    draw.text((camera + torch.tensor([0, 4])).tolist(), "camera", "#777", font_size=12, anchor="mt")
+    for k, person in reversed(list(enumerate(people))):  # the surest on top
+        colour = COLOURS[k % len(COLOURS)]
+        above = camera + metre * person["joints3d"][:, [0, 2]] * torch.tensor([1, -1])
+        draw_skeleton(draw, above, bones, colour)
+        draw_skeleton(photo, person["joints2d"] * height / (2 * K[1, 2]), bones, colour)
+        draw.text(above.amax(0).tolist(), f"{person['distance']:.1f} m", colour, font_size=15)
+    sheet.paste(picture)
+    return save_picture(sheet, path)
+
+def draw_skeleton(draw, joints, bones, colour):
+    """Joints [J, 2], pixels (NaN: not drawn), and the bones between them, with a light edge."""
+    known = {k: tuple(place) for k, place in enumerate(joints.tolist()) if not math.isnan(place[0])}
+    for fill, width in (("white", 5), (colour, 3)):
+        for a, b in bones:
+            if a in known and b in known:
+                draw.line((known[a], known[b]), fill, width)
+        for place in known.values():
+            draw.circle(place, 0.8 * width, fill)
+
+# ---- Tables and files ------------------------------------------------------------------------------------------------
+
+def report(args, look, rows, picture=None, spread=None, **more):
+    """The end of a command: the table, the JSON file, what was written."""
+    table(rows, f"{args.command}, {look.size} px", spread)
+    path = write_json(args, {"command": args.command, "image_size": look.size, "results": rows, **more})
+    print(f"wrote {path}{f', {picture}' if picture else ''}")
+
+def table(rows, first="", spread=None):
+    """Print {row: {column: number or text}} aligned; spread: the same shape, printed behind a ± where there is any."""
+    lines = [[first]] + [[name] for name in rows]
+    for column in dict.fromkeys(column for row in rows.values() for column in row):
+        values = [row.get(column, "-") for row in rows.values()]
+        most = max((abs(value) for value in values if not isinstance(value, str)), default=0)
+        digits = 3 if most < 2 else 2 if most < 10 else 1
+        around = [(spread or {}).get(name, {}).get(column, 0) for name in rows]
+        cells = [value if isinstance(value, str) else f"{value:.{digits}f}" for value in values]
+        if any(x > 0 for x in around):
+            cells = [f"{cell} ±{x:.{digits}f}" for cell, x in zip(cells, around)]
+        width = max(map(len, [column, *cells])) + 2
+        for line, text in zip(lines, [column, *cells]):
+            line.append(text.rjust(width))
+    width = max(len(line[0]) for line in lines)
+    for line in lines:
+        print(line[0].ljust(width) + "".join(line[1:]))
+
+def mean_and_spread(values):
+    """{row: [{column: value} of each seed]} -> {row: {column: mean}}, {row: {column: standard deviation}}."""
+    mean, spread = {}, {}
+    for name, rows in values.items():
+        columns = {column: [row[column] for row in rows] for column in rows[0]}
+        mean[name] = {column: float(np.mean(numbers)) for column, numbers in columns.items()}
+        spread[name] = {column: float(np.std(numbers)) for column, numbers in columns.items()}
+    return mean, spread
+
+def write_json(args, content):
+    """Write a command's result file; what is not a finite number is null. Returns the path."""
+    def clean(x):
+        if isinstance(x, dict):
+            return {key: clean(value) for key, value in x.items()}
+        if isinstance(x, (list, tuple)):
+            return [clean(value) for value in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+    path = output(args, ".json")
+    with dune.writing(path, "w") as file:
+        json.dump(clean(content), file, indent=1)
+    return path
+
+def read_array(path, dimensions=2):
+    """A picture that holds numbers (index or 16-bit PNG), or an .npy file, as an array."""
+    try:
+        if dune.regular(path).endswith(".npy"):
+            array = np.asarray(np.load(path))
+        else:
+            with Image.open(path, formats=data.FORMATS) as image:
+                if image.width * image.height > data.MAX_PIXELS:
+                    raise Oops(f"{image.width} x {image.height} pixels are too many")
+                array = np.asarray(image)
+    except Exception as error:  # Pillow's and numpy's errors for foreign files are of many types
+        raise Oops(f"cannot read {path}: {data.reason(error)}") from None
+    if array.ndim != dimensions or array.size == 0 or array.dtype.kind not in "buif":
+        what = "one number" if dimensions == 2 else "a place (x, y)"
+        raise Oops(f"{path} holds {list(array.shape)} values of {array.dtype}; expected {what} for each pixel")
+    return array
+
+def read_log(folder):
+    """The lines of a run's log.jsonl, dictionaries with a "step"; a last line that a crash cut short is left out."""
+    path = os.path.join(folder, "log.jsonl")
+    if not os.path.exists(path):
+        return []
+    lines = []
+    with open(dune.regular(path), encoding="utf-8", errors="replace") as file:
+        for n, text in enumerate(file, 1):
+            try:
+                line = json.loads(text)
+            except (ValueError, RecursionError):
+                line = None
+            if text.endswith("\n"):
+                lines.append(line)
+                if math.isnan(number(line, "step")):
+                    raise Oops(f"{path}, line {n}: this is no line of a run's log")
+    return lines
+
+def number(line, *keys):
+    """line[key][key]… of a line of a log, NaN if there is no number."""
+    for key in keys:
+        line = line.get(key) if isinstance(line, dict) else None
+    return float(line) if isinstance(line, (int, float)) and abs(line) < 1e300 else math.nan
+
+def teachers_of(lines):
+    """The teachers that a log tells of."""
+    return [t for t, value in lines[0].items() if isinstance(value, dict)] if lines else []
+
+def output(args, suffix):
+    """Where a command writes: --out, or beside the run, or here, under the command's name."""
+    stem = re.sub(r"\.(png|json|ply|pt)$", "", args.out) if args.out else os.path.join(args.run or ".", args.command)
+    return stem + suffix
+
+def check_places(args):
+    """That what a command writes can be written, and the cache too, is known before the work, not after it."""
+    folders = {"--out": os.path.dirname(output(args, "")) or "."}
+    if "train" in args:
+        folders["DUNE_CACHE"] = f"{data.cache_folder()}/features"
+    for name, folder in folders.items():
+        try:
+            os.makedirs(folder, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise Oops(f"cannot write in {folder}: {error.strerror}; choose another {name}") from None
+    for path in (output(args, suffix) for suffix in (".json", ".png", ".ply", ".pt")):
+        if os.path.isdir(path):
+            raise Oops(f"cannot write {path}: there is a folder of that name; choose another --out")
+
+# ---- Commands and their options --------------------------------------------------------------------------------------
+
+COMMON = {
+    "run": option(None, "folder of a run"),
+    "checkpoint": option(None, "one of our checkpoints, or a published DUNE or UNIC file or name"),
+    "teacher": option([], "a bare teacher (pca, loss, spectrum, study: only these of the student's); may be repeated",
+                      choices=tuple(zoo.TEACHERS), metavar="NAME"),
+    "weights": option([], "a teacher's weights, instead of downloading them", metavar="TEACHER=FILE"),
+    "image_size": option(0, "pixels; 0: the size the student was trained at, 336 for a teacher alone", high=2048),
+    "out": option(None, "where to write, without .json, .png; without: beside the run, or here"),
+    "device": option("auto", "auto: cuda if there is one", choices=("auto", "cpu", "cuda")),
+    "seed": option(0, "of the probes and of all else that is random", high=2**31),
+}
+IMAGES = {
+    "image": option((), "photographs to look at", nargs="+"),
+    "data": option([], "images, as for train.py; none: procedural scenes", metavar="TEACHER=SOURCE"),
+}
+PROBED = {
+    "through": option([], "look at the student through this projector; may be repeated; also: encoder",
+                      metavar="TEACHER"),
+    "train": option(None, "folder to train the probe on"),
+    "test": option(None, "folder to test it on"),
+}
+TOKEN = {"token": option(None, "without: the class token if there is one", choices=("cls", "patch", "both"))}
+STEPS = {"steps": option(1000, "training steps of the probe", 1, 1e6)}
+SLIDING = {"sliding": option(False, "look through square windows, not at the whole image squeezed to a square")}
+COMMANDS = {  # name: (function, its options, what it tells)
+    "study": (command_study, {**COMMON, "seeds": option(3, "how many", 1, 1000)},
+              "Linear probes, k-NN, matching on procedural scenes."),
+    "ablate": (command_ablate, {
+        "steps": option(60, "training steps of the student", 1, 1e6),
+        "quick": option(False, "only the paper's choice and single changes of it, half as long"),
+        "out": option("out/ablate", "where to write, without .json; the runs lie in a folder of that name"),
+        "seeds": option(2, "how many", 1, 1000), "seed": COMMON["seed"], "device": COMMON["device"],
+    }, "The tiny student again, over projector x sharing x dropping."),
+    "pca": (command_pca, {**COMMON, **IMAGES}, "Features as colours, side by side in one PNG."),
+    "loss": (command_loss, {**COMMON, "data": IMAGES["data"]}, "Cosine and smooth-L1 loss by the running statistics."),
+    "spectrum": (command_spectrum, {**COMMON, **IMAGES}, "Figure 4: what share of the variance n components explain."),
+    "alignment": (command_alignment, {"run": COMMON["run"], "out": COMMON["out"]},
+                  "Figure 5, from a run's log.jsonl: do the teachers' losses change together?"),
+    "knn": (command_classify, {
+        **COMMON, **PROBED, **TOKEN, "k": option(20, "neighbours", 1),
+        "temperature": option(0.07, "of their votes", 0.001, 100),
+    }, "A folder of images for each class: weighted k-NN as DINO does it, top-1 and top-5."),
+    "linear": (command_classify, {**COMMON, **PROBED, **TOKEN, **STEPS},
+               "A folder of images for each class: linear probes, the best of five learning rates on held-out images."),
+    "seg": (command_seg, {
+        **COMMON, **PROBED, **STEPS, **SLIDING,
+        "classes": option(0, "how many; 0: as many as --train shows", high=MOST_CLASSES),
+        "ignore": option([255], "labels that count for nothing (ADE20K: 0)", -1, kind=int, nargs="+"),
+    }, "Images and index masks: a linear head on patch tokens; mIoU, IoU of each class, a picture."),
+    "depth": (command_depth, {
+        **COMMON, **PROBED, **STEPS, **SLIDING, "max_depth": option(10.0, "metres", 0.01, 1000),
+        "depth_scale": option(1000.0, "units of a depth PNG per metre", 1e-3, 1e6),
+    }, "Images and depth (16-bit PNG, or .npy in metres; 0: not measured): a linear head; errors, a picture."),
+    "match": (command_match, {
+        **COMMON, "through": PROBED["through"],
+        "pair": option((), "A B [FLOW.npy]: two images, perhaps with a flow map [H, W, 2]: for each pixel of A its "
+                       "place in B in pixels, centres at + 0.5, NaN: not known", nargs="+", metavar="FILE"),
+        "pairs": option(None, "a text file with such lines", metavar="LIST"),
+        "upsample": option(4, "how many times finer the second row's features are interpolated", 1, 16),
+    }, "Mutual nearest neighbours of two images' patch features, a picture; without images: the two views of rooms."),
+    "two-view": (command_two_view, {
+        **COMMON, "data": option([], "folder of pairs to train on, instead of rooms", metavar="FOLDER"),
+        "steps": option(250, "training steps of the decoder", 1, 1e6), "seeds": option(1, "how many", 1, 1000),
+    }, "Two photographs to 3D; with --run alone: a decoder trained on the run's frozen student."),
+    "people": (command_people, {
+        **COMMON, "data": option([], "folder to train on, instead of procedural people: NAME.jpg beside NAME.npz with "
+                                     "joints3d [P, J, 3], metres in the camera's frame, K, perhaps visible [P]",
+                                 metavar="FOLDER"),
+        "head": option(0, "which joint is the head", high=1000),
+        "pelvis": option(None, "at which joint 3D errors are aligned; without: a folder's at the mean of all joints",
+                         kind=int, high=1000),
+        "fov": option(None, "degrees across the photograph's longer side; without: from EXIF, else 60", 1, 179,
+                      kind=float),
+        "steps": option(1000, "training steps of the head", 1, 1e6), "seeds": option(1, "how many", 1, 1000),
+    }, "People of a photograph in 3D; with --run alone: a head trained on the run's frozen student."),
+}
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = dune.fail
+    parser = dune.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (function, own, defaults) in COMMANDS.items():
-        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        command.error = dune.fail
-        for option in [*COMMON, *own.split()]:
-            command.add_argument(option if option == "images" else f"--{option}", **{**COMMON, **OPTIONS}[option])
-        command.set_defaults(**defaults)
+    for name, (_, options, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text).add(options)
+        if name in ("two-view", "people"):
+            command.add_argument("images", nargs="*", help="two photographs" if name == "two-view" else "a photograph")
     args = parser.parse_args(argv)
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise Oops("--device cuda, but torch sees no GPU here")
-    for option in ("steps", "seeds", "k", "upsample"):
-        if getattr(args, option, 1) < 1:
-            raise Oops(f"--{option} {getattr(args, option)}: at least 1")
+    if "device" in args:
+        args.device = dune.pick_device(args.device)
     if args.out or os.path.isdir(args.run or "."):
-        output(args, "")  # a place that cannot be written is told before the work, not after it
+        check_places(args)
     COMMANDS[args.command][0](args)
-
 
 if __name__ == "__main__":
     dune.run(main)

@@ -3,7 +3,7 @@
     teacher = load_teacher("mast3r")              # downloads MASt3R once, keeps its encoder
     tokens = teacher(images, grid=(24, 24))       # {"cls": None, "patch": [B, 576, 1024]}, whatever its own patch size
 
-Then how the specialists learn from labelled scenes, and MASt3R's two-view decoder, on its own encoder or on a DUNE.
+Then MASt3R's two-view decoder, on its own encoder or on a DUNE, and a head for people on any encoder.
 `python teachers.py` prints the table.
 """
 
@@ -28,7 +28,7 @@ from dune import Attention, Mlp, Oops, SIZES, ViT
 @dataclass(frozen=True)
 class Teacher:
     """One row of TEACHERS: where its weights are, where the encoder is in the file, how it differs from a plain ViT."""
-    url: str                     # of its file; of a gated one: of the page to ask for it
+    url: str                     # of its file; of a gated one: of the page to ask for it; "": only by --weights
     license: str
     gated: str = ""              # what to ask for there
     inside: str = ""             # the key of the file that holds the state dict ("" = the file is it)
@@ -46,81 +46,79 @@ class Teacher:
     shape: dict = field(default_factory=dict)   # published size, for random weights; a file's is read off its tensors
 
 META = "https://dl.fbaipublicfiles.com/"
-DINOV2 = META + "dinov2/{0}/{0}{1}_pretrain.pth"
+DINOV2 = META + "dinov2/dinov2_{0}/dinov2_{0}{1}_pretrain.pth"
 NAVER = "https://download.europe.naverlabs.com/ComputerVision/"
 BYTE = "https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/"
 HUB = "https://huggingface.co/"
 DEPTH = HUB + "depth-anything/Depth-Anything-V2-{}/resolve/main/depth_anything_v2_{}.pth"
-HALF = (0.5, 0.5, 0.5)
+HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 # Published sizes, and what families have in common
-VIT_S14, VIT_B14, VIT_L14 = [dict(SIZES[size], patch_size=14, image_size=518, registers=0)
-                             for size in ("small", "base", "large")]
-VIT_S16, VIT_B16, VIT_L16 = [dict(SIZES[size], patch_size=16, image_size=224, registers=0, layer_scale=None)
-                             for size in ("small", "base", "large")]
-VIT_T16 = dict(VIT_S16, embed_dim=192, num_heads=3)
-SCALE = dict(layer_scale=1e-4)
-REGISTERS = dict(SCALE, registers=4)
+SMALL, BASE, LARGE = SIZES["small"], SIZES["base"], SIZES["large"]
+VIT14 = dict(patch_size=14, image_size=518, registers=0)
+VIT16 = dict(patch_size=16, image_size=224, registers=0, layer_scale=None)
+REGISTERS = dict(registers=4, layer_scale=1e-4)
 CROCO = dict(license="CC BY-NC-SA 4.0", inside="model", prefix=r"enc_(?=blocks|norm)|(?=patch_embed\.)", domain="rooms",
-             vit=dict(position="rope"), shape=dict(VIT_L16, class_token=False))
+             vit=dict(position="rope"), shape=VIT16 | LARGE | dict(class_token=False))
 DUNE = dict(license="CC BY-NC-SA 4.0", inside="model", prefix=r"((module|_orig_mod)\.)*encoder\.")
-DEPTH_ANYTHING = dict(prefix=r"pretrained\.", distil_cls=False, domain="rooms")  # its head reads patches alone
+DEPTH_ANY = dict(prefix=r"pretrained\.", distil_cls=False, domain="rooms")  # its head reads patches alone
+SIGLIP = dict(license="Apache-2.0", layout="siglip", prefix=r"vision_model\.", pool="attention", generic=True, **HALF,
+              vit=dict(position="size", gelu="tanh"),
+              rename={r"^embeddings\.patch_embedding\.": "patch_embed.proj.", r"^encoder\.layers\.": "blocks.",
+                      r"^embeddings\.position_embedding\.weight$": "pos_embed", r"\.layer_norm(\d)\.": r".norm\1.",
+                      r"\.self_attn\.out_proj\.": ".attn.proj.", r"^post_layernorm\.": "norm.", r"^head\.": "pool."})
 V3 = dict(layout="dinov3", ignore=r"local_cls_norm\.", vit=dict(position="rope_centred", eps=1e-5), generic=True,
           rename={r"^storage_tokens$": "register_tokens", r"^rope_embed\.periods$": "rope_periods"})
 DINOV3 = dict(V3, url="https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/", license="DINOv3 License")
 EUPE = dict(V3, license="FAIR noncommercial", gated="its .pt file")
-SIGLIP = dict(license="Apache-2.0", layout="siglip", prefix=r"vision_model\.", pool="attention", generic=True,
-              vit=dict(position="size", gelu="tanh"), mean=HALF, std=HALF,
-              rename={r"^embeddings\.patch_embedding\.": "patch_embed.proj.", r"^encoder\.layers\.": "blocks.",
-                      r"^embeddings\.position_embedding\.weight$": "pos_embed", r"\.layer_norm(\d)\.": r".norm\1.",
-                      r"\.self_attn\.out_proj\.": ".attn.proj.", r"^post_layernorm\.": "norm.", r"^head\.": "pool."})
 
 TEACHERS = {
     # DUNE's three: 2D, 3D scenes, 3D people. Its DINOv2 resizes positions as those without registers do.
-    "dinov2": Teacher(DINOV2.format("dinov2_vitl14", "_reg4"), "Apache-2.0", generic=True,
-                      shape=VIT_L14 | REGISTERS),
-    "mast3r": Teacher(NAVER + "MASt3R/MASt3R_ViTLarge_BaseDecoder_512_catmlpdpt_metric.pth",
-                      mean=HALF, std=HALF, **CROCO),
+    "dinov2": Teacher(DINOV2.format("vitl14", "_reg4"), "Apache-2.0", generic=True, shape=VIT14 | LARGE | REGISTERS),
+    "mast3r": Teacher(NAVER + "MASt3R/MASt3R_ViTLarge_BaseDecoder_512_catmlpdpt_metric.pth", **HALF, **CROCO),
     "multihmr": Teacher(NAVER + "MultiHMR/multiHMR_672_L.pt", "CC BY-NC-SA 4.0", inside="model_state_dict",
-                        prefix=r"backbone\.encoder\.", distil_cls=False, domain="people", shape=VIT_L14),
+                        prefix=r"backbone\.encoder\.", distil_cls=False, domain="people", shape=VIT14 | LARGE),
     # DINOv2 as its hub builds it, and smaller ones without registers
-    "dinov2_reg": Teacher(DINOV2.format("dinov2_vitl14", "_reg4"), "Apache-2.0", generic=True,
-                          vit=dict(position="antialias"), shape=VIT_L14 | REGISTERS),
-    "dinov2_vits14": Teacher(DINOV2.format("dinov2_vits14", ""), "Apache-2.0", generic=True, shape=VIT_S14),
-    "dinov2_vitb14": Teacher(DINOV2.format("dinov2_vitb14", ""), "Apache-2.0", generic=True, shape=VIT_B14),
+    "dinov2_reg": Teacher(DINOV2.format("vitl14", "_reg4"), "Apache-2.0", generic=True, vit=dict(position="antialias"),
+                          shape=VIT14 | LARGE | REGISTERS),
+    "dinov2_vits14": Teacher(DINOV2.format("vits14", ""), "Apache-2.0", generic=True, shape=VIT14 | SMALL),
+    "dinov2_vitb14": Teacher(DINOV2.format("vitb14", ""), "Apache-2.0", generic=True, shape=VIT14 | BASE),
     # UNIC's four
-    "dino": Teacher(META + "dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", "Apache-2.0", shape=VIT_B16),
+    "dino": Teacher(META + "dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", "Apache-2.0",
+                    shape=VIT16 | BASE),
     "ibot": Teacher(BYTE + "archive/2022/ibot/vitb_16_rand_mask/checkpoint_teacher.pth", "Apache-2.0",
-                    inside="state_dict", shape=VIT_B16),
+                    inside="state_dict", shape=VIT16 | BASE),
     "deit3": Teacher(META + "deit/deit_3_base_224_1k.pth", "Apache-2.0", inside="model", layout="deit3",
-                     ignore=r"head\.", rename={r"\.gamma_(\d)$": r".ls\1.gamma"}, shape=VIT_B16 | SCALE),
+                     ignore=r"head\.", rename={r"\.gamma_(\d)$": r".ls\1.gamma"},
+                     shape=VIT16 | BASE | dict(layer_scale=1e-4)),
     "dbotft": Teacher(BYTE + "mmodal/dbot/84.5_dbot_base_finetune.pth", "CC BY-NC 4.0", inside="model",
-                      rename={r"^fc_norm\.": "norm."}, ignore=r"head\.", pool="mean", shape=VIT_B16),
+                      ignore=r"head\.", rename={r"^fc_norm\.": "norm."}, pool="mean", shape=VIT16 | BASE),
     # DUNE, as teacher of the next one: these, or any checkpoint of ours by --weights
-    "dune_base": Teacher(dune.PUBLISHED.format("dune_vitbase14_448"), shape=VIT_B14 | REGISTERS, **DUNE),
-    "dune_small": Teacher(dune.PUBLISHED.format("dune_vitsmall14_448"), shape=VIT_S14 | REGISTERS, **DUNE),
+    "dune_base": Teacher(dune.PUBLISHED.format("dune_vitbase14_448"), shape=VIT14 | BASE | REGISTERS, **DUNE),
+    "dune_small": Teacher(dune.PUBLISHED.format("dune_vitsmall14_448"), shape=VIT14 | SMALL | REGISTERS, **DUNE),
     # 3D scenes and depth
-    "dust3r": Teacher(NAVER + "DUSt3R/DUSt3R_ViTLarge_BaseDecoder_512_dpt.pth", mean=HALF, std=HALF, **CROCO),
+    "dust3r": Teacher(NAVER + "DUSt3R/DUSt3R_ViTLarge_BaseDecoder_512_dpt.pth", **HALF, **CROCO),
     "croco": Teacher(NAVER + "CroCo/CroCo_V2_ViTLarge_BaseDecoder.pth", **CROCO),
     "vggt": Teacher(HUB + "facebook/VGGT-1B/resolve/main/model.pt", "VGGT, non-commercial", domain="rooms",
                     prefix=r"aggregator\.patch_embed\.", vit=dict(position="antialias"), distil_cls=False,
-                    shape=VIT_L14 | REGISTERS),
-    "depth_anything_v2_vits": Teacher(DEPTH.format("Small", "vits"), "Apache-2.0", shape=VIT_S14, **DEPTH_ANYTHING),
-    "depth_anything_v2_vitb": Teacher(DEPTH.format("Base", "vitb"), "CC BY-NC 4.0", shape=VIT_B14, **DEPTH_ANYTHING),
-    "depth_anything_v2_vitl": Teacher(DEPTH.format("Large", "vitl"), "CC BY-NC 4.0", shape=VIT_L14, **DEPTH_ANYTHING),
+                    shape=VIT14 | LARGE | REGISTERS),
+    "depth_anything_v2_vits": Teacher(DEPTH.format("Small", "vits"), "Apache-2.0", shape=VIT14 | SMALL, **DEPTH_ANY),
+    "depth_anything_v2_vitb": Teacher(DEPTH.format("Base", "vitb"), "CC BY-NC 4.0", shape=VIT14 | BASE, **DEPTH_ANY),
+    "depth_anything_v2_vitl": Teacher(DEPTH.format("Large", "vitl"), "CC BY-NC 4.0", shape=VIT14 | LARGE, **DEPTH_ANY),
     # Of images alone, or of images and text
     "mae_vitl16": Teacher(META + "mae/pretrain/mae_pretrain_vit_large.pth", "CC BY-NC 4.0", inside="model",
-                          distil_cls=False, vit=dict(position="size"), shape=VIT_L16),
+                          distil_cls=False, vit=dict(position="size"), shape=VIT16 | LARGE),
     "siglip2_vitb16": Teacher(HUB + "google/siglip2-base-patch16-256/resolve/main/model.safetensors",
-                              shape=dict(VIT_B16, image_size=256, class_token=False), **SIGLIP),
+                              shape=VIT16 | BASE | dict(image_size=256, class_token=False), **SIGLIP),
     "siglip2_vitl16": Teacher(HUB + "google/siglip2-large-patch16-256/resolve/main/model.safetensors",
-                              shape=dict(VIT_L16, image_size=256, class_token=False), **SIGLIP),
-    "dinov3_vits16": Teacher(gated="dinov3_vits16_pretrain_lvd1689m-*.pth", shape=VIT_S16 | REGISTERS, **DINOV3),
-    "dinov3_vitb16": Teacher(gated="dinov3_vitb16_pretrain_lvd1689m-*.pth", shape=VIT_B16 | REGISTERS, **DINOV3),
-    "dinov3_vitl16": Teacher(gated="dinov3_vitl16_pretrain_lvd1689m-*.pth", shape=VIT_L16 | REGISTERS, **DINOV3),
-    "eupe_vitt16": Teacher(HUB + "facebook/EUPE-ViT-T", shape=VIT_T16 | REGISTERS, **EUPE),
-    "eupe_vits16": Teacher(HUB + "facebook/EUPE-ViT-S", shape=VIT_S16 | REGISTERS, **EUPE),
-    "eupe_vitb16": Teacher(HUB + "facebook/EUPE-ViT-B", shape=VIT_B16 | REGISTERS, **EUPE),
+                              shape=VIT16 | LARGE | dict(image_size=256, class_token=False), **SIGLIP),
+    "dinov3_vits16": Teacher(gated="dinov3_vits16_pretrain_lvd1689m-*.pth", shape=VIT16 | SMALL | REGISTERS, **DINOV3),
+    "dinov3_vitb16": Teacher(gated="dinov3_vitb16_pretrain_lvd1689m-*.pth", shape=VIT16 | BASE | REGISTERS, **DINOV3),
+    "dinov3_vitl16": Teacher(gated="dinov3_vitl16_pretrain_lvd1689m-*.pth", shape=VIT16 | LARGE | REGISTERS, **DINOV3),
+    "eupe_vitt16": Teacher(HUB + "facebook/EUPE-ViT-T",
+                           shape=VIT16 | SMALL | REGISTERS | dict(embed_dim=192, num_heads=3), **EUPE),
+    "eupe_vits16": Teacher(HUB + "facebook/EUPE-ViT-S", shape=VIT16 | SMALL | REGISTERS, **EUPE),
+    "eupe_vitb16": Teacher(HUB + "facebook/EUPE-ViT-B", shape=VIT16 | BASE | REGISTERS, **EUPE),
 }
 
 # ---- The frozen teacher ----------------------------------------------------------------------------------------------
@@ -128,8 +126,8 @@ TEACHERS = {
 class FrozenTeacher(nn.Module):
     """A teacher's encoder behind one interface: ImageNet-normalised images in, tokens on the asked grid out, frozen.
 
-    pool    the source of the class feature, if not a class token: "mean" of the patch tokens, which then goes through the
-            norm while they stay without (dBOT); or an AttentionPool of them (SigLIP)
+    pool    where a class feature comes from that is no class token: the "mean" of the patch tokens, through the norm,
+            which they then stay without (dBOT); or an AttentionPool of them (SigLIP)
     dtype   bf16: so are the weights of matrix products, which run under autocast; all else is fp32, also what goes from
             block to block. The features have this type.
     """
@@ -154,10 +152,9 @@ class FrozenTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images, grid=None):
-        """images [B, 3, H, W], ImageNet-normalised -> {"cls": [B, D] or None, "patch": [B, rows*cols, D]}.
+        """images [B, 3, H, W], ImageNet-normalised -> {"cls": [B, D] or None, "patch": [B, rows*cols, D]}; B may be 0.
 
         grid (rows, cols): the token grid that is wanted; images of another size are resized to it. None: as they are.
-        No images: empty features.
         """
         if len(images) == 0:
             rows, cols = grid or [side // self.patch_size for side in images.shape[-2:]]
@@ -211,26 +208,28 @@ def load_teacher(name, weights=None, device="cpu", dtype=torch.float32):
     """A frozen teacher (FrozenTeacher), its size read off the weights.
 
     name     a row of TEACHERS
-    weights  a file in the published layout; "random": random weights of the published size; None: the published file,
-             downloaded
+    weights  a file in the published layout; None: the published one, downloaded; "random": random, of published size
     Raises Oops for an unknown name and for a file that is missing, unreadable or of another layout (naming the tensor).
     """
     if name not in TEACHERS:
         raise Oops(f"unknown teacher '{name}'; there are: {', '.join(TEACHERS)}")
     row = TEACHERS[name]
+    if not row.url and not weights:
+        raise Oops(f"{name} has no published file: pass one, --weights {name}=FILE")
     if row.gated and not weights:
         raise Oops(f"{name} is not open to all: ask for {row.gated} at {row.url} and pass it, --weights {name}=FILE")
     if weights == "random":
-        vit = ViT(**row.shape, **row.vit)
-        pool = AttentionPool(vit.embed_dim) if row.pool == "attention" else row.pool
+        with torch.device(device):
+            vit = ViT(**row.shape, **row.vit)
+            pool = AttentionPool(vit.embed_dim) if row.pool == "attention" else row.pool
     else:
         path = weights or dune.fetch(row.url)
         state = encoder_state(name, dune.read_checkpoint(path), path)
-        pool_state = {key: state.pop(key) for key in list(state) if key.startswith("pool.")}
+        of_pool = {key: state.pop(key) for key in list(state) if row.pool == "attention" and key.startswith("pool.")}
         vit = dune.load_strictly(dune.vit_from_state(state, path, **row.vit), state, path)
         pool = row.pool
         if pool == "attention":
-            pool = dune.load_strictly(AttentionPool(vit.embed_dim), dune.below(pool_state, "pool."), path)
+            pool = dune.load_strictly(AttentionPool(vit.embed_dim), dune.below(of_pool, "pool."), path)
     return FrozenTeacher(name, vit, pool, dtype).to(device)
 
 def encoder_state(name, file, path):
@@ -241,7 +240,7 @@ def encoder_state(name, file, path):
     for key, value in part.items() if isinstance(part, dict) else ():
         found = re.match(row.prefix, str(key))
         if found and torch.is_tensor(value):
-            key = key[found.end():]
+            key = str(key)[found.end():]
             for old, new in row.rename.items():
                 key = re.sub(old, new, key)
             if not re.match(row.ignore, key):
@@ -256,8 +255,8 @@ def encoder_state(name, file, path):
     except (KeyError, RuntimeError, TypeError, IndexError):
         widths = 0, 1
     if widths[0] != 4 * widths[1]:
-        raise Oops(f"{path} is no file of teacher {name}, or of one that is not supported: MLPs of other than 4 times the "
-                   "width (SwiGLU, So400m, 7B), heads of other than 64 channels")
+        raise Oops(f"{path} is no file of teacher {name}, or of a kind that is not supported: MLPs not 4 times as wide "
+                   "as the tokens (SwiGLU, So400m, 7B), heads of other than 64 channels")
     return state
 
 def from_deit3(state):
@@ -265,8 +264,8 @@ def from_deit3(state):
     state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))
 
 def from_dinov3(state):
-    """A mask multiplies the bias of q, k and v. The rotation pairs channel j of a head with j + 32, ours j with j + 16 in
-    either half: with the middle quarters of the rows of q and k swapped the one is the other."""
+    """A mask multiplies the bias of q, k and v. The rotation pairs channel j of a head with j + 32, ours j with j + 16
+    in each half: it is the same after swapping the middle quarters of the rows of q and k."""
     for key in [key for key in state if re.search(r"\.attn\.qkv\.(weight|bias)$", key)]:
         rows = state[key] * state.pop(f"{key}_mask", 1)
         q, k, v = rows.unflatten(0, (3, -1, 4, 16))
@@ -281,15 +280,14 @@ def from_siglip(state):
 
 LAYOUTS = {"deit3": from_deit3, "dinov3": from_dinov3, "siglip": from_siglip}
 
-# ---- Training of small things ----------------------------------------------------------------------------------------
+# ---- Probes, and the training of small things ------------------------------------------------------------------------
 
 def fit(parameters, loss, steps, lr, weight_decay=1e-2, betas=(0.9, 0.999), clip=0.0, what=None):
     """The training loop of all small things (probes, specialists, decoders): AdamW with a one-cycle learning rate.
 
     parameters  a list of tensors, or of param groups, which may have their own "lr" (its peak) and "weight_decay"
     loss        loss(step) gives what this step minimises, a scalar
-    betas       the first swings by 0.05 around its value while the rate rises and falls, as one-cycle wants
-    clip        the largest norm of the gradient of all parameters together; 0: any
+    betas       the first swings by 0.05 around its value, against the rate;  clip  the gradient's largest norm, 0: any
     what        a name for a progress bar; None: no bar
     """
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=betas, fused=True)
@@ -305,23 +303,24 @@ def fit(parameters, loss, steps, lr, weight_decay=1e-2, betas=(0.9, 0.999), clip
         optimizer.step()
         schedule.step()
 
-# ---- Probes ----------------------------------------------------------------------------------------------------------
-# What linear layers read off features on the procedural scenes. On a frozen encoder this measures it (eval.py study);
-# with one that learns along it makes a tiny specialist. Each domain's probe has targets(scenes): labels on the token
-# grid, on the scenes' device; forward(features, targets): the predictions for them; loss and metrics (out, targets).
-
 def Probe(domain, dim, grid):
-    """The linear layers for one domain, for features with `dim` channels on a grid (rows, cols) of tokens."""
+    """Linear layers that read one domain's labels off features: in an encoder's study, in a specialist's training."""
     return {"objects": ObjectsProbe, "rooms": RoomsProbe, "people": PeopleProbe}[domain](dim, grid)
 
-class ObjectsProbe(nn.Module):
-    """The kind of the object (from the class token, or the mean patch), and each patch's kind or background."""
+class LinearProbe(nn.Module):
+    """For features {"cls": [B, dim] or None, "patch": [B, rows*cols, dim]} on a grid (rows, cols). A domain's probe has
+    targets(scenes): labels on the grid, where the scenes are; forward(features, targets): the predictions for them;
+    loss(out, targets); metrics(out, targets): {name: number}."""
+    outputs = {}  # {head: its channels}
 
     def __init__(self, dim, grid):
         super().__init__()
         self.grid = grid
-        self.patch = nn.Linear(dim, len(KINDS) + 1)
-        self.kind = nn.Linear(dim, len(KINDS))
+        self.heads = nn.ModuleDict({name: nn.Linear(dim, channels) for name, channels in self.outputs.items()})
+
+class ObjectsProbe(LinearProbe):
+    """The kind of the object (from the class token, or the mean patch), and each patch's kind or background."""
+    outputs = {"patch": len(KINDS) + 1, "kind": len(KINDS)}
 
     def targets(self, scenes):
         cover = F.adaptive_avg_pool2d(scenes["mask"].float()[:, None], self.grid).flatten(1)
@@ -329,11 +328,10 @@ class ObjectsProbe(nn.Module):
 
     def forward(self, features, targets):
         whole = features["patch"].mean(1) if features["cls"] is None else features["cls"]
-        return {"kind": self.kind(whole), "patch": self.patch(features["patch"])}
+        return {"kind": self.heads["kind"](whole), "patch": self.heads["patch"](features["patch"])}
 
     def loss(self, out, targets):
-        patch = F.cross_entropy(out["patch"].transpose(1, 2), targets["patch"])
-        return F.cross_entropy(out["kind"], targets["kind"]) + patch
+        return F.cross_entropy(out["kind"], targets["kind"]) + F.cross_entropy(out["patch"].mT, targets["patch"])
 
     def metrics(self, out, targets):
         """Accuracy of the kind and mean IoU of the patches, over the kinds that there are, in %."""
@@ -345,20 +343,16 @@ class ObjectsProbe(nn.Module):
         overlap = (both / (truth + guess - both))[truth > 0].mean()
         return {"accuracy": 100 * right.item(), "mIoU": 100 * overlap.item()}
 
-class RoomsProbe(nn.Module):
+class RoomsProbe(LinearProbe):
     """Each patch's log depth and surface normal."""
-
-    def __init__(self, dim, grid):
-        super().__init__()
-        self.grid = grid
-        self.patch = nn.Linear(dim, 4)
+    outputs = {"patch": 4}
 
     def targets(self, scenes):
         maps = torch.cat([scenes["depth"].log()[:, None], scenes["normals"].permute(0, 3, 1, 2)], 1)
         return self.parts(F.adaptive_avg_pool2d(maps, self.grid).flatten(2).mT)
 
     def forward(self, features, targets):
-        return self.parts(self.patch(features["patch"]))
+        return self.parts(self.heads["patch"](features["patch"]))
 
     def parts(self, x):
         depth, normals = x.split([1, 3], -1)
@@ -376,13 +370,9 @@ class RoomsProbe(nn.Module):
         return {"depth RMSE": metres.square().mean().sqrt().item(), "delta1": 100 * close.float().mean().item(),
                 "normals": torch.rad2deg(angle).mean().item()}
 
-class PeopleProbe(nn.Module):
+class PeopleProbe(LinearProbe):
     """For each joint: which patches hold one, where in the image (fractions), where in 3D (metres from the pelvis)."""
-
-    def __init__(self, dim, grid):
-        super().__init__()
-        self.grid = grid
-        self.patch = nn.Linear(dim, 6 * len(JOINTS))
+    outputs = {"patch": 6 * len(JOINTS)}
 
     def targets(self, scenes):
         rows, cols = self.grid
@@ -396,22 +386,22 @@ class PeopleProbe(nn.Module):
         gap = (joints[:, :, None] - middle[:, None]) * size
         near, figure = (torch.exp(-gap.square().sum(-1) / 2) * inside[:, :, None]).max(1)
         image, _, joint = torch.meshgrid(*[torch.arange(n, device=joints.device) for n in near.shape], indexing="ij")
-        place, xyz = joints[image, figure, joint], metres[image, figure, joint]
+        nearest = image, figure, joint
         image, figure, joint = inside.nonzero(as_tuple=True)
         truth = joints[image, figure, joint]
         col, row = (truth * size).long().unbind(-1)
-        return {"near": near, "place": place, "xyz": xyz, "centres": middle, "truth": truth,
+        return {"near": near, "place": joints[nearest], "xyz": metres[nearest], "centres": middle, "truth": truth,
                 "metres": metres[image, figure, joint], "at": torch.stack([image, row * cols + col, joint])}
 
     def forward(self, features, targets):
-        near, offset, xyz = self.patch(features["patch"]).unflatten(-1, (len(JOINTS), 6)).split([1, 2, 3], -1)
+        heads = self.heads["patch"](features["patch"]).unflatten(-1, (len(JOINTS), 6))
+        near, offset, xyz = heads.split([1, 2, 3], -1)
         return {"near": near[..., 0], "place": offset + targets["centres"][:, None], "xyz": xyz}
 
     def loss(self, out, targets):
         weight = targets["near"] * (targets["near"] > 0.3)
         apart = {k: ((out[k] - targets[k]).abs().mean(-1) * weight).sum() / weight.sum() for k in ("place", "xyz")}
-        rare = torch.tensor(3.0, device=weight.device)
-        spots = F.binary_cross_entropy_with_logits(out["near"], targets["near"], pos_weight=rare)
+        spots = F.binary_cross_entropy_with_logits(out["near"], targets["near"], pos_weight=weight.new_tensor(3.0))
         return 10 * spots + 10 * apart["place"] + 3 * apart["xyz"]
 
     def metrics(self, out, targets):
@@ -440,9 +430,9 @@ def room_pairs(start, count, size):
 def pair_geometry(pairs):
     """What a batch of pairs knows: (points, known, place, seen).
 
-    points [B, 2, S, S, 3]  both views' points in view 1's frame;  known [B, 2, S, S] bool  which of them are measured
-    place [B, S, S, 2]      where in view 2 (pixels) view 1's points are
-    seen [B, S, S] bool     which of these view 2 sees: before it, inside its image, not hidden
+    points [B, 2, S, S, 3]  both views' points in view 1's frame; known [B, 2, S, S] bool: which of them are measured
+    place [B, S, S, 2]      where in view 2 (pixels) view 1's points are; seen [B, S, S] bool: which of them it sees:
+                            before it, inside its image and not hidden
     """
     depth = pairs["depth"]
     size = depth.shape[-1]
@@ -498,8 +488,7 @@ def prepare_specialists(names):
             make_specialist(name, specialist_scenes(name, SPECIALISTS[name]["scenes"]), path)
 
 def specialist_path(name):
-    """Where a tiny specialist lies once it is made. Its name tells the recipe and the first scenes: after a change it is
-    made anew."""
+    """Where a tiny specialist lies. The name tells the recipe and how scenes look: after a change it is made anew."""
     key = hashlib.sha1(repr((SPECIALISTS[name], TEACHERS[name].vit, MATCHING, FINE)).encode())
     for label in specialist_scenes(name, 2).values():
         key.update(label.numpy().tobytes())
@@ -551,8 +540,8 @@ def make_specialist(name, scenes, path, batch=16, seed=0):
 def published_layout(name, state):
     """A specialist's state dict as the published file of that teacher would hold it."""
     if name == "mast3r":
-        state = {re.sub(r"^(blocks|norm)\.", r"enc_\1.", key): value for key, value in state.items()}
-        return {"args": argparse.Namespace(), "model": state}
+        model = {re.sub(r"^(blocks|norm)\.", r"enc_\1.", key): value for key, value in state.items()}
+        return {"args": argparse.Namespace(), "model": model}
     if name == "multihmr":
         return {"model_state_dict": {f"backbone.encoder.{key}": value for key, value in state.items()}}
     return state
@@ -581,8 +570,8 @@ class TwoView(nn.Module):
         self.dec_norm = nn.LayerNorm(dim, eps=1e-6)
         self.downstream_head1 = TwoViewHead(encoder.embed_dim, dim, depth, self.patch, **head_sizes)
         self.downstream_head2 = TwoViewHead(encoder.embed_dim, dim, depth, self.patch, **head_sizes)
-        wanted = (HALF, HALF) if encoder.position == "rope" else (IMAGENET_MEAN, IMAGENET_STD)
-        self.prepare = Prepare(HALF, HALF, *wanted)
+        to = HALF if encoder.position == "rope" else dict(mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        self.prepare = Prepare(HALF["mean"], HALF["std"], to["mean"], to["std"])
 
     def forward(self, view1, view2):
         """Two image batches [B, 3, H, W] in MASt3R's normalisation (2 x - 1 of 0..1), of any two sizes -> two dicts.
@@ -591,24 +580,23 @@ class TwoView(nn.Module):
         conf [B, H, W] > 1; desc [B, H, W, 24] unit descriptors; theirs, desc_conf [B, H, W] > 0. fp32; on a GPU all but
         the heads runs in bf16. Raises Oops if a side is no multiple of the patch size.
         """
-        for height, width in (view1.shape[-2:], view2.shape[-2:]):
+        views = view1, view2
+        for height, width in (view.shape[-2:] for view in views):
             if height % self.patch or width % self.patch:
                 raise Oops(f"image size {height}x{width} is no multiple of the patch size {self.patch}")
-        grids = [tuple(side // self.patch for side in view.shape[-2:]) for view in (view1, view2)]
+        grids = [tuple(side // self.patch for side in view.shape[-2:]) for view in views]
         device = view1.device.type
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            layers1, layers2 = [[self.encode(view, grid)] for view, grid in zip((view1, view2), grids)]
-            x, y = self.decoder_embed(layers1[0]), self.decoder_embed(layers2[0])
+            layers = [[self.encode(view, grid) for view, grid in zip(views, grids)]]  # of both views
+            x, y = [self.decoder_embed(tokens) for tokens in layers[0]]
             rope_x, rope_y = [dune.rope_table(*grid, 0, 64, view1.device) for grid in grids]
             for block1, block2 in zip(self.dec_blocks, self.dec_blocks2):
                 x, y = block1(x, y, rope_x, rope_y), block2(y, x, rope_y, rope_x)  # both read what was before
-                layers1.append(x)
-                layers2.append(y)
-            layers1[-1] = self.dec_norm(x)
-            layers2[-1] = self.dec_norm(y)
+                layers.append([x, y])
+            layers[-1] = [self.dec_norm(x), self.dec_norm(y)]
         with torch.autocast(device, enabled=False):
-            return (self.downstream_head1([x.float() for x in layers1], grids[0]),
-                    self.downstream_head2([y.float() for y in layers2], grids[1]))
+            layers1, layers2 = [[tokens.float() for tokens in view] for view in zip(*layers)]
+            return self.downstream_head1(layers1, grids[0]), self.downstream_head2(layers2, grids[1])
 
     def encode(self, images, grid):
         """[B, 3, H, W] in MASt3R's normalisation -> the tokens that the decoder reads, [B, rows*cols, D]."""
@@ -618,33 +606,25 @@ class TwoView(nn.Module):
         return tokens if self.norm is None else self.norm(tokens)
 
 class DecoderBlock(nn.Module):
-    """Block that looks at the other view y between attention and MLP."""
+    """Block that looks at the other view y between attention and MLP, each view turned by its own positions."""
 
     def __init__(self, dim, heads):
         super().__init__()
         self.norm1, self.norm2, self.norm3, self.norm_y = [nn.LayerNorm(dim, eps=1e-6) for _ in range(4)]
         self.attn = Attention(dim, heads)
-        self.cross_attn = CrossAttention(dim, heads)
+        self.cross_attn = nn.ModuleDict({key: nn.Linear(dim, dim) for key in ("projq", "projk", "projv", "proj")})
         self.mlp = Mlp(dim, 4 * dim)
 
     def forward(self, x, y, rope_x, rope_y):
         x = x + self.attn(self.norm1(x), rope_x)
-        x = x + self.cross_attn(self.norm2(x), self.norm_y(y), rope_x, rope_y)
+        x = x + self.look(self.norm2(x), self.norm_y(y), rope_x, rope_y)
         return x + self.mlp(self.norm3(x))
 
-class CrossAttention(nn.Module):
-    """Queries from one view, keys and values from the other, each turned by its own positions."""
-
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.heads = heads
-        self.projq, self.projk, self.projv, self.proj = [nn.Linear(dim, dim) for _ in range(4)]
-
-    def forward(self, x, y, rope_x, rope_y):
-        flat = self.projq(x), self.projk(y), self.projv(y)
-        q, k, v = [t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in flat]
+    def look(self, x, y, rope_x, rope_y):
+        flat = [self.cross_attn[f"proj{key}"](tokens) for key, tokens in (("q", x), ("k", y), ("v", y))]
+        q, k, v = [t.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2) for t in flat]
         x = dune.attend(dune.rotate(q, rope_x), dune.rotate(k, rope_y), v)
-        return self.proj(x.transpose(1, 2).flatten(2))
+        return self.cross_attn["proj"](x.transpose(1, 2).flatten(2))
 
 class TwoViewHead(nn.Module):
     """One view's outputs, per pixel, from [encoder tokens, output of each decoder block]; see TwoView."""
@@ -667,9 +647,7 @@ class TwoViewHead(nn.Module):
 
 class DPT(nn.Module):
     """Dense prediction (Ranftl et al. 2021): four layers of tokens -> [B, 4, rows*patch, cols*patch].
-
-    dims: channels of the four layers' tokens; maps: their channels as maps at 4, 2, 1 and 1/2 times the token grid.
-    """
+    dims, maps: the layers' channels as tokens, and as maps at 4, 2, 1 and 1/2 times the token grid."""
 
     def __init__(self, dims, patch, maps=(96, 192, 384, 768), features=256, last=128):
         super().__init__()
@@ -713,10 +691,8 @@ class ResidualConv(nn.Module):
     def forward(self, x):
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))
 
-# ---- The two-view model's files --------------------------------------------------------------------------------------
-
-TWO_VIEW = {"dune": "https://download.europe.naverlabs.com/dune/dunemast3r_cvpr25_vitbase.pth",
-            "dune_small": "https://download.europe.naverlabs.com/dune/dunemast3r_cvpr25_vitsmall.pth",
+TWO_VIEW = {"dune": dune.PUBLISHED.format("dunemast3r_cvpr25_vitbase"),
+            "dune_small": dune.PUBLISHED.format("dunemast3r_cvpr25_vitsmall"),
             "mast3r": TEACHERS["mast3r"].url}
 
 def load_two_view(weights=None, device="cpu", encoder=None):
@@ -784,7 +760,7 @@ def check_options(file, path):
     """Oops if a DUNE-MASt3R file's constructor call, which is compared and never run, is not for what TwoView is."""
     text = dune.entry(file, "mast3r_model_str", str, path, "AsymmetricMASt3R()")
     call = re.fullmatch(r"\w+\((.*)\)", re.sub(r"\s", "", text).replace('"', "'"))
-    if not call:
+    if not call or len(text) > 9999:
         raise Oops(f"{path}: cannot read its mast3r_model_str, {text[:80]!r}")
     for key, value in re.findall(r"(\w+)=(\([^()]*\)|[^,]*)", call[1]):
         if value != TWO_VIEW_OPTIONS.get(key, value):
@@ -792,28 +768,144 @@ def check_options(file, path):
 
 def two_view_layout(model):
     """The file of a TwoView on a DUNE encoder as the published ones are laid out, with the encoder in it."""
-    state = {}
-    for key, value in model.state_dict().items():
-        plain = key.startswith(("encoder.", "norm."))
-        state[re.sub(r"^encoder\.", "dune_backbone.", key) if plain else f"mast3r.{key}"] = value
-    return {"model": state}
+    def published(key):
+        key = re.sub(r"^encoder\.", "dune_backbone.", key)
+        return key if key.startswith(("dune_backbone.", "norm.")) else f"mast3r.{key}"
+    return {"model": {published(key): value for key, value in model.state_dict().items()}}
+
+# ---- A photograph to people in 3D ------------------------------------------------------------------------------------
+
+class People(nn.Module):
+    """Multi-HMR's head (arXiv 2402.14654, section 3) on any frozen encoder, with joints in place of a body model: each
+    patch says whether it holds a person's head; the token of each that does looks at all tokens of its image.
+
+    joints, head  how many joints a person has, and which of them is the head
+    size          pixels of the images' longer side; f60 is the focal length of a view of 60 degrees across it
+    patch         pixels in a token's place; images are resized if the encoder's own patch is another
+    dim, depth    of the decoder blocks
+    """
+
+    def __init__(self, encoder, joints, head, size, patch, dim=128, depth=2):
+        super().__init__()
+        self.options = dict(joints=joints, head=head, size=size, patch=patch, dim=dim, depth=depth)
+        self.encoder = encoder.eval().requires_grad_(False)
+        self.head = range(joints)[head]
+        self.size = size
+        self.patch = patch
+        self.f60 = size / 2 * 3**0.5
+        self.norm = nn.LayerNorm(encoder.embed_dim)
+        self.score = nn.Linear(encoder.embed_dim, 1)
+        self.embed = nn.Linear(encoder.embed_dim + 28, dim)
+        self.blocks = nn.ModuleList(DecoderBlock(dim, dim // 16) for _ in range(depth))
+        self.last = nn.LayerNorm(dim, eps=1e-6)
+        self.out = nn.Linear(dim, 3 + 3 * joints)
+        self.register_buffer("bones", torch.zeros(joints - 1, 2))  # pairs of joints, for pictures
+        wanted = (HALF, HALF) if encoder.position == "rope" else (IMAGENET_MEAN, IMAGENET_STD)
+        self.prepare = Prepare(IMAGENET_MEAN, IMAGENET_STD, *wanted)
+
+    @torch.no_grad()
+    def forward(self, images, K, least=0.3):
+        """images [B, 3, H, W], ImageNet-normalised; K [B, 3, 3] of their pixels, with centres at integer + 0.5 -> for
+        each image a list of people, the surest first: {"score": at least `least`; "head" [2]: pixels; "distance": of
+        the head along z, metres; "joints3d" [J, 3]: metres in the camera's frame (x right, y down, z forward);
+        "joints2d" [J, 2]: pixels}. Raises Oops if a side is no multiple of the patch size.
+        """
+        grid = self.grid(images)
+        tokens, scores = self.read(self.tokens(images), K, grid)
+        scores = scores.sigmoid()
+        highest = F.max_pool2d(scores.unflatten(1, grid), 3, 1, 1).flatten(1)  # two patches may share a head
+        image, patch = ((scores >= least) & (scores == highest)).nonzero(as_tuple=True)
+        people = self.decode(self.query(tokens, image, patch), patch, K[image], grid[1])
+        people["score"] = scores[image, patch]
+        found = [[] for _ in images]
+        for q in people["score"].argsort(descending=True).tolist():
+            found[image[q]].append({key: value[q] for key, value in people.items()})
+        return found
+
+    def grid(self, images):
+        height, width = images.shape[-2:]
+        if height % self.patch or width % self.patch:
+            raise Oops(f"image size {height}x{width} is no multiple of the patch size {self.patch}")
+        return height // self.patch, width // self.patch
+
+    @torch.no_grad()
+    def tokens(self, images):
+        """The frozen encoder's patch tokens, [B, N, D]."""
+        size = tuple(n * self.encoder.patch_size for n in self.grid(images))
+        return self.encoder(self.prepare(images, size))["patch"]
+
+    def read(self, tokens, K, grid):
+        """tokens() with their places and their rays, [B, N, dim]; whether they hold heads, logits [B, N]"""
+        tokens, place = self.norm(tokens), centres(*grid, tokens.device)
+        pixels = place * self.patch * place.new_tensor([grid[1], grid[0]])
+        where = torch.cat([(2 * place - 1).expand(len(K), -1, -1), rays(pixels, K)[..., :2]], -1)
+        waves = [wave(where * turns) for turns in (1.5, 3, 6) for wave in (torch.sin, torch.cos)]
+        return self.embed(torch.cat([tokens, where, *waves], -1)), self.score(tokens)[..., 0].float()
+
+    def query(self, tokens, image, patch):
+        """What the tokens at Q places (image [Q], patch [Q]) have seen of their images, [Q, 3 + 3 J]: see decode()."""
+        still = tokens.new_ones(1), tokens.new_zeros(1)  # a rotary table that turns nothing: places are in the tokens
+        x, y = tokens[image, patch][:, None], tokens[image]
+        for block in self.blocks:
+            x = block(x, y, still, still)
+        return self.out(self.last(x[:, 0])).float()
+
+    def decode(self, raw, patch, K, cols):
+        """People as tensors [Q, ...], named as in forward(), of raw [Q, 3 + 3 J] from these patches [Q] of a row of
+        `cols`: the head's offset from the patch's middle, in patches; log(distance f60 / f); joints beside the head."""
+        offset, far, beside = raw.tensor_split([2, 3], -1)
+        head = (torch.stack([patch % cols, patch // cols], -1) + 0.5 + offset) * self.patch
+        distance = far[:, 0].exp() * K[:, 0, 0] / self.f60
+        beside = beside.unflatten(-1, (-1, 3))
+        joints = rays(head[:, None], K) * distance[:, None, None] + beside - beside[:, self.head, None]
+        return {"head": head, "distance": distance, "joints3d": joints, "joints2d": project(joints, K)}
+
+def rays(pixels, K):
+    """[..., n, 2] -> [..., n, 3], as long as to have z = 1."""
+    return transform(K.inverse(), F.pad(pixels, (0, 1), value=1.0))
+
+def project(points, K):
+    """[..., n, 3] in the camera's frame -> pixels [..., n, 2]; what is not before the camera is taken as 5 cm ahead."""
+    flat = transform(K, points)
+    return flat[..., :2] / flat[..., 2:].clamp(min=0.05)
+
+def transform(matrix, points):
+    """Matrices [..., 3, 3] times points [..., n, 3]; in fp32 under autocast too: places want more digits than bf16."""
+    return (matrix[..., None, :, :] * points[..., None, :]).sum(-1)
+
+def people_layout(model):
+    """The file of a People on a DUNE encoder, with the encoder in it."""
+    return {"people": model.options, "model": model.state_dict()}
+
+def load_people(path, device="cpu"):
+    """A People in eval mode from the file of people_layout. Raises Oops for any other file."""
+    file = dune.read_checkpoint(path)
+    options, state = dune.entry(file, "people", dict, path), dune.entry(file, "model", dict, path)
+    vit = dune.vit_from_state(dune.below(state, "encoder."), path)
+    try:
+        if min(options["size"], options["patch"]) < 1 or options["depth"] > len(state):
+            raise ValueError
+        with torch.device("meta"):
+            model = People(vit, **options)
+    except Exception:  # whatever foreign options do to modules without content
+        raise Oops(f"{path} holds no people head of a known layout: its options are odd or missing") from None
+    return dune.load_strictly(model, state, path).eval().to(device)
 
 # ---- The command -----------------------------------------------------------------------------------------------------
 
 def main():
     """python teachers.py: the table."""
-    dune.Parser(description="The teachers, and whether their files are here.").parse_args()
-    line = "{:23}{:9}{:>5}{:>6}  {:9}{:10}{:22}{}".format
-    print(line("teacher", "knows", "M", "patch", "class", "images", "licence", "file (+ is here)"))
+    dune.Parser(description="The teachers, their licences, and where their files are looked for.").parse_args()
+    line = "{:23} {:8} {:>4} {:>5}  {:9} {:8}  {:20} {} {}".format
+    print(line("teacher", "knows", "M", "patch", "class", "images", "licence", "", "file (+: is here)"))
     for name, row in TEACHERS.items():
-        with torch.device("meta"):
-            teacher = load_teacher(name, "random", device="meta")
+        teacher = load_teacher(name, "random", device="meta")
         millions = round(sum(p.numel() for p in teacher.parameters()) / 1e6)
         cls = "distilled" if teacher.has_cls else "unused" if teacher.gives_cls else "none"
-        path = f"--weights {name}={row.gated}, from {row.url}" if row.gated else dune.cached(row.url)
         images = "ImageNet" if row.mean == IMAGENET_MEAN else "0.5"
-        here = "+ " if os.path.exists(path) else "- "
-        print(line(name, row.domain, millions, teacher.patch_size, cls, images, row.license, here + path))
+        path = f"ask at {row.url}" if row.gated else dune.cached(row.url) if row.url else "--weights"
+        here = "+" if os.path.exists(path) else "-"
+        print(line(name, row.domain, millions, teacher.patch_size, cls, images, row.license, here, path))
 
 if __name__ == "__main__":
     dune.run(main)

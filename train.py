@@ -52,7 +52,7 @@ RECIPE = {
     "projector": option("tp", "tp: transformer, sp: simple, lp: UNIC's ladder", choices=dune.PROJECTORS),
     "norm": option("dune", "standardise teachers by the batch (dune) or their running average (unic)",
                    choices=("dune", "unic")),
-    "sharing": option("all", "which teacher learns from which image", choices=data.SHARING),
+    "sharing": option("all", "which teachers teach which image", choices=data.SHARING),
     "drop": option(0.5, "teacher dropping probability", 0, 1),
     "batch": option(0, "images per step over all processes; 0 = 128 per process", 0, 1e6),
     "epochs": option(100.0, "epochs of --epoch-images", 1e-6, 1e6),
@@ -81,7 +81,8 @@ PRESETS = {
 }
 TINY_SCENES = ":1000000-1003000"  # the tiny preset's, of each domain: few enough to be drawn once, new to its teachers
 
-# What may change between the parts of one run without changing its result.
+# What may change between the parts of one run: its result stays the same, but for rounding (--compress: in bf16), and
+# for stochastic depth, which each process draws for each part.
 MACHINE = {
     "preset": option("stage1", "a set of defaults, see PRESETS in this file", choices=PRESETS),
     "data": option([], "images: folders, .tar, .txt lists, or a file of such lines; none: procedural scenes",
@@ -118,9 +119,10 @@ def main(argv=None):
     device = processes.device
     check(args, processes)
     checkpoint = Checkpoint(args, processes)
-    rows_of_table = {t: zoo.TEACHERS[t] for t in args.teachers}
-    groups = data.parse_data(args.data, rows_of_table, TINY_SCENES if args.preset == "tiny" else "")
-    held_out = evaluation.held_out(args.val, groups, rows_of_table, args.image_size)
+    table = {t: zoo.TEACHERS[t] for t in args.teachers}
+    # A group: the images of one owner, or of several; every batch holds equally many of each.
+    groups = data.parse_data(args.data, table, TINY_SCENES if args.preset == "tiny" else "")
+    held_out = evaluation.held_out(args.val, groups, table, args.image_size)
     teachers = build_teachers(args, processes)
     model = build_student(args, teachers, checkpoint.state).to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -128,7 +130,7 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(groups_of_parameters, args.lr, betas=(0.9, 0.99), eps=args.eps, fused=True)
     start = checkpoint.restore(optimizer)
     describe(args, processes, model)
-    grid = (args.image_size // args.patch_size,) * 2
+    grid = (args.image_size // args.patch_size,) * 2  # of the student's tokens: teachers resize images to have the same
     if not checkpoint.before and not args.bench:
         checkpoint.before = evaluation.held_out_losses(model, teachers, held_out["image"], grid)
     clock = Clock(args, processes, model, teachers)
@@ -143,7 +145,7 @@ def main(argv=None):
     for step in range(start, args.steps):
         with clock.span("data"):
             batch = log.waiting(batches)                             # this process's share of global batch `step`
-            torch.manual_seed(seed_of(args, step) + processes.rank)  # chance is a function of the step: nothing to save
+            torch.manual_seed(seed_of(args, step) + 1 + processes.rank)  # for stochastic depth: nothing to save
             images = data.augment(batch["image"].to(device, non_blocking=True), batch["params"])
             allowed = may_teach[batch["group"].numpy()]              # [b, T]: may teacher j teach image i?
             rows = {t: rows_where(allowed[:, j]) for j, t in enumerate(args.teachers)}
@@ -153,23 +155,23 @@ def main(argv=None):
         with clock.span("statistics"):                               # 2. mean and std per channel, over all processes
             statistics = dune.update_norms(model.teacher_norms, features, momentum_at(step, args.steps))
 
-        count = 0                                                    # 3. the student
+        weight = 0                                                   # 3. the student; sum(c) so far
         for part in parts(args.accumulate, images, rows, features, allowed, noise, ddp):
-            with clock.span("student"), part.sync, autocast:
+            with clock.span("student"), part.sync, autocast:         # whether gradients are sent is decided here
                 outputs = ddp(part.images, part.rows)
             with clock.span("loss"):                                 # sum(c * l) / sum(c), divided below
                 losses, terms = dune.batch_losses(outputs, part.features, statistics, part.rows, len(part.images))
                 coefficients = dune.teacher_coefficients(losses, part.allowed, args.drop, part.noise)
-                total, counted = dune.weighted_sum(losses, coefficients)
+                total, part_weight = dune.weighted_sum(losses, coefficients)
             with clock.span("backward"):
                 total.backward()
-            count = count + counted
-            log.add(part, losses.detach(), terms, coefficients, total.detach(), counted)
+            weight = weight + part_weight
+            log.add(part, losses.detach(), terms, coefficients, total.detach(), part_weight)
 
         with clock.span("optimiser"):                                # 4. one update
             set_lr(optimizer, lr_at(step, args.steps, args.lr * args.batch / 256, args.min_lr, args.warmup))
-            divisor = processes.sum(count) / processes.world         # DDP's gradients are means over the processes
-            norm, skipped = update(parameters, optimizer, 1 / divisor, args.clip)
+            scale = processes.world / processes.sum(weight)          # DDP's gradients are sums / world, ours / sum(c)
+            norm, skipped = update(parameters, optimizer, scale, args.clip)
 
         stop = processes.stop_asked()                                # 5. what is not distillation
         log.step(step + 1, optimizer, norm, skipped, batch["bad"])
@@ -237,7 +239,7 @@ def parts(number, images, rows, features, allowed, noise, ddp):
             low, high = first, last
             mine[t] = index
             if not isinstance(index, slice):
-                low, high = np.searchsorted(index, (first, last))
+                low, high = np.searchsorted(index, (first, last))  # features hold a teacher's own images alone
                 mine[t] = there(index[low:high] - first, device)
             known = {kind: x for kind, x in features[t].items() if x is not None}
             targets[t] = {kind: x[low:high] for kind, x in known.items()}
@@ -262,7 +264,7 @@ def update(parameters, optimizer, scale, clip):
         torch._foreach_mul_(gradients, scale)  # one number for all: one launch
     norm = norms.norm()
     skipped = 1 - norm.isfinite().float()
-    optimizer.grad_scale = None
+    optimizer.grad_scale = None  # the fused AdamW's own hook for loss scalers: it does nothing where found_inf is 1
     optimizer.found_inf = skipped
     optimizer.step()
     optimizer.zero_grad()

@@ -1,8 +1,11 @@
-"""How fast, and how near to the memory's own speed:  python -m kernels.bench [--quick] [--compiled] [--out kernels_bench.png]
+"""How fast, and how near to the memory's own speed:  python -m kernels.bench [--quick] [--compiled] [--out figure.png]
 
-Prints the measured copy bandwidth, then for every shape and for moments, forward, backward and the three together: time, bytes that must
-move, GB/s and their share of the copy, the ratio to the published way of writing it and to torch.compile of that, and the most memory
-held beyond inputs and gradient. --compiled prints instead, with no GPU needed, what the compiler makes of the kernels for sm_90.
+Prints the measured copy bandwidth, then for every shape and for moments, forward, backward and the three together:
+time, bytes that must move, GB/s, their share of the copy, the GB/s within this card's reach, how many times as long
+the published way of writing it and torch.compile of that take, and the memory each holds beyond inputs and gradient.
+
+--compiled needs no GPU: what the compiler makes of the kernels for four GPUs, and the share of the bandwidth on their
+data sheets that is within reach, from instructions and bytes under way (`reach`).
 """
 
 import argparse
@@ -12,11 +15,12 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-import kernels
+from . import channel_moments, distill_loss
 
 STAGES = ("moments", "forward", "backward", "together")
 
@@ -34,7 +38,7 @@ def published_loss(student, teacher, mean, std):
 
 
 def our_moments(teacher):
-    mean, m2 = kernels.channel_moments(teacher)
+    mean, m2 = channel_moments(teacher)
     return mean, (m2 / (teacher[..., 0].numel() - 1)).sqrt()
 
 
@@ -87,89 +91,105 @@ def copy_bandwidth(device):
     return 2 * source.numel() / measure(lambda: target.copy_(source), device)[0]
 
 
-def bench(shape, dtype, device, copy):
+def bench(shape, dtype, device, copy, reachable):
     """Measures one shape, prints a line for each stage and returns {stage: share of the copy bandwidth}."""
-    student, teacher = torch.randn(shape, device=device).to(dtype).requires_grad_(), (torch.randn(shape, device=device) * 2 + 1).to(dtype)
-    ways = {"ours": (our_moments, kernels.distill_loss), "published": (published_moments, published_loss)}
+    student = torch.randn(shape, device=device).to(dtype).requires_grad_()
+    teacher = (torch.randn(shape, device=device) * 2 + 1).to(dtype)
+    ways = {"ours": (our_moments, distill_loss), "published": (published_moments, published_loss)}
     if device == "cuda":
         torch._dynamo.reset()
         ways["compiled"] = (torch.compile(published_moments), torch.compile(published_loss))
-    result = {way: {name: measure(fn, device) for name, fn in stages(*fns, student, teacher).items()} for way, fns in ways.items()}
-    moved, gradient = traffic(shape, dtype), student.numel() * dtype.itemsize
+    measured = {}
+    for way, functions in ways.items():
+        for name, fn in stages(*functions, student, teacher).items():
+            measured[way, name] = measure(fn, device)
+    moved = traffic(shape, dtype)
+    shares = {}
     for name in STAGES:
-        seconds, peak = result["ours"][name]
-        ratio = [f"{result[way][name][0] / seconds:8.2f}x" if way in result else "        -" for way in ("published", "compiled")]
-        peaks = [result[way][name][1] if way in result else None for way in ("ours", "published", "compiled")]
-        kept = gradient if name in ("backward", "together") else 0
-        memory = ["       -" if p is None else f"{max(0, p - kept) / 2**20:8.1f}" for p in peaks]
-        print(f"{'x'.join(map(str, shape)):>14} {str(dtype)[6:]:>8} {name:>9} {seconds * 1e6:10.1f} {moved[name] / 1e6:8.1f} "
-              f"{moved[name] / seconds / 1e9:8.1f} {moved[name] / seconds / copy:6.0%} {' '.join(ratio)}  {' '.join(memory)}", flush=True)
-    return {name: moved[name] / result["ours"][name][0] / copy for name in STAGES}
+        seconds = measured["ours", name][0]
+        shares[name] = moved[name] / seconds / copy
+        cells = [f"{'x'.join(map(str, shape)):>14} {str(dtype)[6:]:>8} {name:>9} {seconds * 1e6:10.1f}"]
+        cells.append(f"{moved[name] / 1e6:8.1f} {moved[name] / seconds / 1e9:8.1f} {shares[name]:6.0%}")
+        cells.append(f"{reachable[name] / 1e9:8.1f}" if name in reachable else "       -")
+        cells += [f"{measured[way, name][0] / seconds:8.2f}x" for way in ways if way != "ours"]
+        if device == "cuda":
+            kept = student.nbytes if name in ("backward", "together") else 0
+            cells += [f"{max(0, measured[way, name][1] - kept) / 2**20:8.1f}" for way in ways]
+        print(*cells, flush=True)
+    return shares
 
 
-def draw(points, title, path):
-    """points: (MB of one feature tensor, {stage: share}) -> a PNG of share of the copy bandwidth against size."""
+def draw(bars, title, path):
+    """bars: (what was measured, share of the copy bandwidth) -> a PNG of them; the black line is the copy."""
     from PIL import Image, ImageDraw
-    W, H, left, top, right, bottom = 900, 520, 70, 50, 870, 460
-    image = Image.new("RGB", (W, H), "white")
+    image = Image.new("RGB", (900, 40 + 14 * len(bars)), "white")
     pen = ImageDraw.Draw(image)
-    sizes = sorted(size for size, _ in points)
-    ceiling = max(1.0, 0.2 * -(-max(max(share.values()) for _, share in points) // 0.2))
-    span = max(1.01, sizes[-1] / sizes[0])
-    spot = lambda size, share: (left + (right - left) * torch.tensor(size / sizes[0]).log().item() / torch.tensor(span).log().item(),
-                                bottom - (bottom - top) * share / ceiling)
-    pen.text((left, 18), title, "black")
-    for k in range(round(ceiling / 0.2) + 1):
-        y = spot(sizes[0], 0.2 * k)[1]
-        pen.line((left, y, right, y), "#dddddd")
-        pen.text((left - 40, y - 6), f"{20 * k} %", "black")
-    shown = left - 100
-    for size in sizes:
-        x = spot(size, 0)[0]
-        if x - shown > 60:
-            pen.text((x - 12, bottom + 8), f"{size:.3g}", "black")
-            shown = x
-    pen.text((right - 150, H - 24), "MB of one feature tensor", "black")
-    for k, (name, colour) in enumerate(zip(STAGES, ("#1f77b4", "#2ca02c", "#d62728", "#555555"))):
-        for size, share in points:
-            x, y = spot(size, share[name])
-            pen.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
-        pen.ellipse((left + 120 * k, H - 22, left + 120 * k + 8, H - 14), fill=colour)
-        pen.text((left + 120 * k + 14, H - 24), name, "black")
+    pen.text((10, 10), title, "black")
+    for i, (text, share) in enumerate(bars):
+        y = 34 + 14 * i
+        pen.rectangle((240, y, 240 + 500 * min(share, 1.2), y + 9), fill="#1f77b4")
+        pen.text((10, y), text, "black")
+        pen.text((850, y), f"{share:.0%}", "black")
+    pen.line((740, 34, 740, image.height), "black")
     image.save(path)
 
 
-def compile_ahead(D, dtype, target=("cuda", 90, 32)):
-    """{name: compiled kernel} as the launchers would have it for features of D channels; needs Triton, but no GPU.
+class Sheet(NamedTuple):
+    """Of a GPU's data sheet."""
+    target: tuple            # backend, architecture, lanes of a warp
+    multiprocessors: int
+    clock: float             # Hz
+    bandwidth: float         # bytes a second
 
-    dtype: "bf16", "fp16" or "fp32"; target: backend, architecture, lanes of a warp. The strides are taken to be multiples of D.
-    """
+
+SHEETS = {"H100": Sheet(("cuda", 90, 32), 132, 1.755e9, 3.35e12),
+          "H200": Sheet(("cuda", 90, 32), 132, 1.755e9, 4.8e12),
+          "B200": Sheet(("cuda", 100, 32), 148, 1.85e9, 8e12),
+          "MI300X": Sheet(("hip", "gfx942", 64), 304, 2.1e9, 5.3e12)}
+LATENCY = 0.7e-6   # seconds until memory answers: bandwidth times this must be under way
+ISSUE = 0.6        # share of its cycles in which a scheduler is taken to start an instruction, with two to four warps
+TYPES = {"bf16": ("i32", 4, 2), "fp16": ("fp16", 2, 1), "fp32": ("fp32", 4, 1)}   # a word, its bytes, channels in it
+
+
+def compile_ahead(D, dtype, target=("cuda", 90, 32), tokens=(128, 576), ones=(), names=(*STAGES[:3], "merge")):
+    """{name: compiled kernel} as launched for contiguous features [*tokens, D]; needs Triton, but no GPU.
+
+    dtype: "bf16", "fp16" or "fp32"; target: backend, architecture, lanes of a warp; ones: arguments that are 1, which
+    Triton compiles in."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from kernels import distill, moments
-    block, warps, _, _ = distill.plan(D)
-    rows, cols = moments.blocks(D)
-    loss = {"BLOCK": block, "L1": False}
-    plans = {"moments": (moments._partial_kernel, moments.WARPS, {"ROWS": rows, "UNROLL": moments.UNROLL, "COLS": cols}),
-             "merge": (moments._merge_kernel, moments.WARPS, {"SETS": 256, "COLS": 16}),
-             "forward": (distill._forward_kernel, warps, loss), "backward": (distill._backward_kernel, warps, loss)}
-    types = {"x": dtype, "student": dtype, "teacher": dtype, "grad": dtype}
-    integers = {"N", "D", "P", "rows", "tiles", "tiles_per_outer"} | {f"{x}_{y}" for x in ("x", "s", "t") for y in ("outer", "row")}
+
+    from . import distill, moments
+    kind, word, pair = (dtype, 2, 1) if dtype == "bf16" and D % 2 else TYPES[dtype]
+    common = {"D": D, "PACK": pair, "VECTOR": 16 // word if D * pair % 16 == 0 else 1} | dict.fromkeys(ones, 1)
+    rows, tile, _, _, _, sets = moments.plan(*tokens, D, pair, target[2])
+    sets = triton.next_power_of_2(sets)
+    kernels = {"moments": (moments._partial_kernel, moments.WARPS, common | {
+                   "ROWS": rows, "UNROLL": moments.UNROLL, "TILE": tile}),
+               "merge": (moments._merge_kernel, moments.WARPS, {"SETS": sets, "COLS": 4096 // sets})}
+    for name in "forward", "backward":
+        backward = name == "backward"
+        rows, tile, warps, _ = distill.plan(backward, D, word, pair, distill.Card(target[2]))
+        constants = common | {"BACKWARD": backward, "BETA": 1.0, "ROWS": rows, "TILE": tile}
+        kernels[name] = distill._kernel, warps, constants if backward else constants | {"grad": None}
+    pointers = dict.fromkeys(("mean", "std", "means", "m2s", "counts", "m2", "cos", "smooth"), "*fp32")
+    pointers |= dict.fromkeys(("x", "student", "teacher"), f"*{kind}") | {"grad": f"*{dtype}"}
     result = {}
-    for name, (kernel, num_warps, constants) in plans.items():
-        scalar = {n: "i32" if n in integers else "fp32" for n in kernel.arg_names if n in integers | {"beta", "eps"}}
-        signature = {n: "constexpr" if n in constants else scalar.get(n, "*" + types.get(n, "fp32")) for n in kernel.arg_names}
-        aligned = [i for i, n in enumerate(kernel.arg_names)
-                   if signature[n][0] == "*" or D % 16 == 0 and (n == "D" or n.endswith(("_outer", "_row")))]
-        source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()},
-                           {(i,): [["tt.divisibility", 16]] for i in aligned})
-        result[name] = triton.compile(source, target=GPUTarget(*target), options={"num_warps": num_warps, "enable_fp_fusion": True})
+    for name in names:
+        kernel, warps, constants = kernels[name]
+        signature = {n: pointers.get(n, "fp32" if n == "eps" else "i32") for n in kernel.arg_names}
+        signature |= {n: "constexpr" for n in constants if n in signature}
+        places = {n: (i,) for i, n in enumerate(signature)}
+        source = ASTSource(kernel, signature, {places[n]: constants[n] for n in constants if n in places},
+                           {places[n]: [["tt.divisibility", 16]] for n in places if signature[n][0] == "*"})
+        options = {"num_warps": warps, "enable_fp_fusion": True}
+        result[name] = triton.compile(source, target=GPUTarget(*target), options=options)
     return result
 
 
 def accesses(ptx):
-    """Counter of (kind, bytes a thread moves) over the instructions that touch global memory in a kernel's PTX; kind: load or store."""
+    """Counter of (load or store, bytes that a lane moves) over the instructions on global memory in a kernel's PTX."""
     found = Counter()
     for op, kinds in re.findall(r"\b(ld|st)\.global((?:[.:]\w+)*)", ptx):
         vector = int((re.findall(r"\.v(\d)", kinds) or [1])[0])
@@ -179,58 +199,129 @@ def accesses(ptx):
     return found
 
 
-def resources(cubin):
-    """(registers of a thread, bytes of its stack, which is where spills go) by the cuobjdump that comes with Triton, or None without."""
+def code(kernel):
+    """(registers of a lane, bytes or on ROCm registers spilled, instructions of the longest loop) of a compiled kernel.
+
+    From GCN, where instructions are those for all lanes, or from SASS by Triton's cuobjdump; None without that."""
     import triton
+    loops = [0]
+    if "amdgcn" in kernel.asm:
+        text = kernel.asm["amdgcn"]
+        labels, count = {}, 0
+        for line in text.splitlines():
+            if line.startswith(".L"):
+                labels[line.split(":")[0]] = count
+            elif re.match(r"\s+(v|ds|global|buffer|flat)_", line):
+                count += 1
+            elif re.match(r"\s+s_c?branch", line):
+                loops.append(count - labels.get(line.split()[-1], count))
+        used, spilled = (int(re.search(rf"\.vgpr_{what}: +(\d+)", text)[1]) for what in ("count", "spill_count"))
+        return used, spilled, max(loops)
     tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if not tool.exists():
         return None
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(kernel.asm["cubin"])
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1]) + int(re.search(r"LOCAL:(\d+)", text)[1])
+        text = subprocess.check_output([tool, "-res-usage", "-sass", file.name], text=True)
+    for at, to in re.findall(r"/\*([0-9a-f]{4,})\*/[^;\n]*\bBRA\b[^;\n]* 0x([0-9a-f]+)\s*;", text):
+        loops.append((int(at, 16) - int(to, 16)) // 16 + 1)
+    used, stack, local = (int(re.search(rf"{what}:(\d+)", text)[1]) for what in ("REG", "STACK", "LOCAL"))
+    return used, stack + local, max(loops)
 
 
-def print_compiled():
-    print("compiled for sm_90; loads and stores of global memory: instructions x bytes a thread moves")
-    print(f"{'kernel':>9} {'D':>5} {'type':>5} {'warps':>5} {'registers':>9} {'spilled':>7} {'shared':>7}   loads; stores")
-    for D in (768, 1024, 1536):
-        for dtype in ("bf16", "fp32"):
-            for name, kernel in compile_ahead(D, dtype).items():
-                registers, stack = resources(kernel.asm["cubin"]) or ("-", "-")
-                found = accesses(kernel.asm["ptx"])
-                text = "; ".join(" ".join(f"{found[k]}x{k[1]}" for k in sorted(found) if k[0] == kind) for kind in ("load", "store"))
-                print(f"{name:>9} {D:5} {dtype:>5} {kernel.metadata.num_warps:5} {registers:>9} {stack:>7} "
-                      f"{kernel.metadata.shared:7}   {text}")
+def reach(card, D, dtype):
+    """What of the bandwidth is within reach of each kernel on a card of SHEETS, {} without cuobjdump. As {name: (row of
+    the table, bytes a second)}."""
+    from . import distill, moments
+    sheet = SHEETS[card]
+    lanes = sheet.target[2]
+    _, word, pair = TYPES[dtype]
+    size = word // pair
+    starts = sheet.multiprocessors * sheet.clock * (128 if lanes == 32 else 64)   # instructions of lanes, a second
+    found = {}
+    for name, kernel in compile_ahead(D, dtype, sheet.target, names=STAGES[:3]).items():
+        compiled = code(kernel)
+        if compiled is None:
+            continue
+        registers, spilled, loop = compiled
+        if name == "moments":
+            warps, programs = moments.WARPS, moments.PROGRAMS // sheet.multiprocessors
+            elements = loads = 8 * moments.UNROLL   # of a lane in a turn of the loop; and under way
+        else:
+            gpu = distill.Card(lanes) if lanes == 32 else distill.Card(lanes, 1, 131072, 0)
+            rows, _, warps, programs = distill.plan(name == "backward", D, word, pair, gpu)
+            elements = rows * D / (lanes * warps)
+            loads = 2 * 2 * elements                # two turns of student and teacher
+        under_way = programs * warps * lanes * loads * size
+        moved = {"moments": 1, "forward": 2, "backward": 3}[name] * size
+        busy = sheet.bandwidth / moved * loop / elements / starts
+        share = min(1, ISSUE / busy, under_way * sheet.multiprocessors / (sheet.bandwidth * LATENCY))
+        row = f"{card:>6} {name:>8} {D:4} {dtype} {loop / elements:12.1f} {registers:9} {spilled:7}"
+        row += f" {programs * warps:5} {under_way / 1e3:12.0f} {busy:4.0%} {share:5.0%}  "
+        moves = sorted(accesses(kernel.asm.get("ptx", "")).items())
+        found[name] = row + ", ".join(f"{n} {kind}s of {b}" for (kind, b), n in moves), share * sheet.bandwidth
+    return found
 
 
-def main():
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description="measures the kernels against the speed of memory")
-    parser.add_argument("--out", default="kernels_bench.png", help="where to write the figure")
-    parser.add_argument("--quick", action="store_true", help="D 1024 in bf16 only")
-    parser.add_argument("--compiled", action="store_true", help="print registers, spills and access widths for sm_90; needs no GPU")
-    args = parser.parse_args()
-    if args.compiled:
-        return print_compiled()
+def print_compiled(channels, dtypes):
+    print("instructions: in the loop, for each element. busy: the share of cycles that they take at the bandwidth of\n"
+          "the data sheet. reach: share of that within reach. At the end: loads and stores of so many bytes a lane.")
+    print("  card   kernel    D type instructions registers spilled warps KB under way busy reach")
+    for card in SHEETS:
+        for D in channels:
+            for dtype in dtypes:
+                for row, _ in reach(card, D, dtype).values():
+                    print(row)
+
+
+def run(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     copy = copy_bandwidth(device)
+    sheet = None
     if device == "cuda":
         where = torch.cuda.get_device_name()
+        sheet = next((card for card in SHEETS if card in where and "PCIe" not in where), None)
         torch._functorch.config.donated_buffer = False   # lets a compiled backward run twice on one graph
         shapes = [(B, *N, D) for D in (768, 1024, 1536) for B in (32, 128) for N in ((), (576,), (1024,))]
     else:
-        where = f"a CPU ({torch.get_num_threads()} threads): PyTorch path, small sizes, no torch.compile, memory not measured"
+        where = f"a CPU ({torch.get_num_threads()} threads): PyTorch path, small sizes, without torch.compile"
         shapes = [(B, *N, D) for D in (768, 1024) for B in (2, 8) for N in ((), (576,))]
-    dtypes = [torch.bfloat16, torch.float32]
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
     if args.quick:
-        shapes, dtypes = [shape for shape in shapes if shape[-1] == 1024], dtypes[:1]
+        shapes = [shape for shape in shapes if shape[-1] == 1024]
+        del dtypes["fp32"]
     print(f"{where}\ncopy bandwidth, read and written: {copy / 1e9:.1f} GB/s")
-    print(f"{'shape':>14} {'type':>8} {'stage':>9} {'us':>10} {'MB':>8} {'GB/s':>8} {'share':>6} {'published':>9} {'compiled':>9}"
-          f"   extra MB: ours, published, compiled")
-    points = [(torch.Size(shape).numel() * dtype.itemsize / 1e6, bench(shape, dtype, device, copy)) for dtype in dtypes for shape in shapes]
-    draw(points, f"share of copy bandwidth ({copy / 1e9:.0f} GB/s) on {where}", args.out)
+    print("         shape     type     stage         us       MB     GB/s  share    reach published",
+          " compiled  extra MB: ours, published, compiled" if device == "cuda" else "")
+    bars = []
+    for short, dtype in dtypes.items():
+        for shape in shapes:
+            found = reach(sheet, shape[-1], short) if sheet else {}
+            reachable = {name: speed for name, (_, speed) in found.items()}
+            for name, share in bench(shape, dtype, device, copy, reachable).items():
+                bars.append((f"{'x'.join(map(str, shape))} {short} {name}", share))
+    draw(bars, f"share of the copy bandwidth ({copy / 1e9:.0f} GB/s) on {where}", args.out)
     print(f"wrote {args.out}")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main():
+    parser = Parser(prog=f"python -m {__spec__.name}", description="measures the kernels against the speed of memory")
+    parser.add_argument("--out", type=pathlib.Path, default="kernels_bench.png", help="where to write the figure")
+    parser.add_argument("--quick", action="store_true", help="D 1024 in bf16 only")
+    parser.add_argument("--compiled", action="store_true", help="print what is compiled and within reach: no GPU")
+    args = parser.parse_args()
+    if not args.out.parent.is_dir():
+        parser.error(f"--out {args.out}: there is no folder {args.out.parent}")
+    if args.compiled:
+        print_compiled([1024] if args.quick else [384, 768, 1024, 1536], ["bf16"] if args.quick else ["bf16", "fp32"])
+    else:
+        run(args)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """What the kernels compute, in plain PyTorch: the definition, and the path for the CPU and for systems without Triton.
 
-`definition` is the loss as one writes it down, `gradient` its derivative (the formula is in `distill.py`). The public functions work
-through the tokens in blocks that fit the processor's cache: temporary memory is a few blocks, whatever the size of the input.
+`definition` is the loss as one writes it down, `gradient` its derivative (the formula is in `distill.py`). The public
+functions work through the tokens in blocks that fit the processor's cache: temporary memory is a few blocks.
 """
 
 import torch
 import torch.nn.functional as F
 
-BLOCK = 1 << 18   # features in a block: 1 MiB in fp32, and a handful of such temporaries
+BLOCK = 1 << 18        # features in a block: 1 MiB in fp32, and a handful of such temporaries
+GPU_BLOCK = 1 << 24    # on a GPU without Triton, which has to be kept busy
 
 
 def _standardised(student, teacher, mean, std, eps):
@@ -22,7 +23,7 @@ def definition(student, teacher, mean, std, beta=1.0, eps=1e-3):
 
 
 def gradient(g_cos, g_smooth, student, teacher, mean, std, beta, eps):
-    """Derivative of sum(g_cos * cos + g_smooth * smooth) by student; 0 for a token where both are 0, whatever it holds."""
+    """Derivative of sum(g_cos * cos + g_smooth * smooth) by student; 0 where both are 0, whatever the token holds."""
     s, t = _standardised(student, teacher, mean, std, eps)
     s_norm = torch.linalg.vector_norm(s, dim=-1)
     s_floor, t_floor = s_norm.clamp(min=1e-8), torch.linalg.vector_norm(t, dim=-1).clamp(min=1e-8)
@@ -61,10 +62,10 @@ def channel_moments(x):
 
 
 def merge_moments(counts, means, m2s):
-    """Joins the moments of P sets (Chan et al. 1979): counts [P], means [P, D], m2s [P, D] -> (count, mean [D], m2 [D]).
+    """Joins the moments of P sets (Chan et al. 1979): counts [P], means [P, D], m2s [P, D] -> count, mean [D], m2 [D].
 
-    counts is a float tensor on the features' device, and nothing here waits for the device. A set with count 0 changes nothing,
-    whatever its mean and m2 hold; if every count is 0, so are the results. fp32 in, fp32 out.
+    counts is a float tensor on the features' device, and nothing here waits for the device. A set with count 0 changes
+    nothing, whatever its mean and m2 hold; if every count is 0, so are the results. fp32 in, fp32 out.
     """
     n = counts[:, None]
     means, m2s = means.where(n > 0, 0), m2s.where(n > 0, 0)
@@ -75,7 +76,7 @@ def merge_moments(counts, means, m2s):
 
 
 def fold(*xs):
-    """[..., D] tensors of one leading shape as [A, N, D] views. Only what does not fold into two dimensions is copied."""
+    """[..., D] tensors of one leading shape as [A, N, D] views; only what does not fold into two is copied."""
     lead = [n for n in xs[0].shape[:-1] if n != 1]
     xs = [x.reshape(*lead, x.shape[-1]) for x in xs]
     for k in range(len(lead) + 1):
@@ -95,9 +96,9 @@ def _dtype(*xs):
 
 
 def _blocks(x):
-    """Indices that cut [A, N, D] into blocks of about BLOCK features."""
+    """Indices that cut [A, N, D] into blocks of about BLOCK features, or GPU_BLOCK."""
     A, N, D = x.shape
-    rows = max(1, BLOCK // D)
+    rows = max(1, (GPU_BLOCK if x.is_cuda else BLOCK) // D)
     for i in range(0, A, max(1, rows // N)):
         for j in range(0, N, rows):
             yield slice(i, i + max(1, rows // N)), slice(j, j + rows)

@@ -1,4 +1,4 @@
-"""Tests run from anywhere, write nothing into the user's caches, and read the published systems' fixtures from tests/golden."""
+"""Tests run from anywhere, leave the user's caches alone, and read the published systems' fixtures from golden/."""
 import os
 import sys
 import tempfile
@@ -24,5 +24,6 @@ def close():
     """close(a, b, tolerance=1e-5): relative error in fp32, asserted."""
     def check(a, b, tolerance=1e-5):
         error = ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
-        assert a.shape == b.shape and error <= tolerance, f"relative error {error:.2e}, shapes {tuple(a.shape)} {tuple(b.shape)}"
+        shapes = f"shapes {tuple(a.shape)} {tuple(b.shape)}"
+        assert a.shape == b.shape and error <= tolerance, f"relative error {error:.2e}, {shapes}"
     return check
