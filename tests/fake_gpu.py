@@ -1,7 +1,7 @@
 """The GPU path, line by line, on a machine without a GPU. Run by test_gpu.py in a process of its own.
 
-Tensors are fake: they have a shape, a type and a device, "cuda" too, and no numbers. Two devices in one operation are an
-error, as on a GPU, and so is what makes the host wait for the device where no wait belongs.
+Tensors are fake: they have a shape, a type and a device, "cuda" too, and no numbers. Two devices in one operation are
+an error, as on a GPU, and so is what makes the host wait for the device where no wait belongs.
 """
 
 import contextlib
@@ -247,7 +247,10 @@ def test_events_are_recorded_for_bench_alone(steps, gpu, tmp_path, monkeypatch, 
 def test_bf16_is_taken_where_the_gpu_multiplies_it(gpu, monkeypatch):
     """Not where torch emulates it."""
     for supported in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or supported)
+
+        def multiplies(including_emulation=True):
+            return including_emulation or supported
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", multiplies)
         assert dune.fast_bf16(CUDA) == supported
 
 def test_processes_on_gpus_talk_by_nccl_and_wait_for_each_other_as_hosts(gpu, monkeypatch):
