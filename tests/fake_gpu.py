@@ -247,9 +247,10 @@ def test_events_are_recorded_for_bench_alone(steps, gpu, tmp_path, monkeypatch, 
 def test_bf16_is_taken_where_the_gpu_multiplies_it(gpu, monkeypatch):
     """Not where torch emulates it."""
     for supported in (True, False):
-        def is_bf16_supported(including_emulation=True):
+
+        def multiplies(including_emulation=True):
             return including_emulation or supported
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", multiplies)
         assert dune.fast_bf16(CUDA) == supported
 
 def test_processes_on_gpus_talk_by_nccl_and_wait_for_each_other_as_hosts(gpu, monkeypatch):

@@ -1,4 +1,4 @@
-"""--compile yes: the same losses, the encoder among what is compiled, nothing compiled again after three steps."""
+"""--compile yes: the same losses, the encoder compiled, and nothing compiled again once all shapes have been seen."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def compiled(monkeypatch):
 @pytest.mark.parametrize("backend, options", [
     ("inductor", "--steps 2 --teachers mast3r"),
     ("eager", "--sharing own --recompute --projector lp"),
-    ("eager", "--batch 10 --accumulate 3"),  # parts of 3, 3 and 4 images
+    ("eager", "--teachers dinov2,mast3r --batch 10 --accumulate 3"),  # parts of 3, 3 and 4 images
 ])
 def test_a_compiled_run_is_the_run(backend, options, compiled, tmp_path, monkeypatch):
     """Backend "eager" compiles frames as always, and runs the operations as they are: quick."""
