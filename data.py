@@ -34,21 +34,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 import dune
 from dune import Oops, option
-
-try:
-    import fcntl
-except ImportError:  # Windows: processes that start together each build the index, which does no harm
-    fcntl = None
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 SHARING = ("all", "own", "own+generic")
 TEST_SCENES = 10**9  # seeds of procedural scenes from here on are never trained on
+CAN_FORK = "fork" in multiprocessing.get_all_start_methods()  # not on Windows: there the main process does all
 
 # ---- Sources ---------------------------------------------------------------------------------------------------------
 
@@ -292,8 +289,7 @@ MAX_PIXELS = 90_000_000  # more than this is never held in memory
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 TURN = Image.Transpose
 UPRIGHT = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE, 6: TURN.ROTATE_270,
-           7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}  # by EXIF orientation
-QUARTER_TURNS = (TURN.TRANSPOSE, TURN.ROTATE_270, TURN.TRANSVERSE, TURN.ROTATE_90)
+           7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}  # by EXIF orientation; from 5 on width and height change places
 Image.MAX_IMAGE_PIXELS = None  # `decode` has its own limit, which knows of reduced scale
 warnings.filterwarnings("ignore", module="PIL")
 
@@ -325,18 +321,14 @@ def decode(file, size=0, crop=whole, turn=False):
     pixels = image.width * image.height
     if pixels > MAX_PIXELS * (64 if jpeg and not image.info.get("progressive") else 1):
         raise Oops(f"{image.width} x {image.height} pixels are too many")
-    try:
-        orientation = image.getexif().get(0x0112, 1)
-    except Exception:  # broken EXIF in a whole picture
-        orientation = 1
+    orientation = 1
+    with contextlib.suppress(Exception):  # broken EXIF in a whole picture
+        orientation = image.getexif().get(0x0112)
     turns = [UPRIGHT[orientation]] if orientation in UPRIGHT else []
+    lying = len(turns) > 0 and orientation >= 5
     if turn:
         turns.append(TURN.ROTATE_270)
-    width, height = image.size
-    for step in turns:
-        if step in QUARTER_TURNS:
-            width, height = height, width
-
+    width, height = image.size if lying == turn else image.size[::-1]
     box = crop(width, height)
     short = min(box[2] - box[0], box[3] - box[1])
     shrink = 1
@@ -475,11 +467,8 @@ def colour(x, params):
         if len(rows) == 0:
             continue
         factor = beside(x, params[rows, 4 + op]).view(-1, 1, 1, 1)
-        if len(rows) == len(x):
-            x = OPS[op](x, factor)
-        else:
-            rows = beside(x, rows)
-            x.index_copy_(0, rows, OPS[op](x.index_select(0, rows), factor))
+        rows = beside(x, rows)
+        x[rows] = OPS[op](x[rows], factor)
     return x
 
 def normalise(image):
@@ -526,7 +515,7 @@ class Steps(Dataset):
             image.share_memory_()  # written where the main process reads it: no copy, no growing heap
         params = torch.empty(n, len(NO_COLOUR))
         group, source = torch.empty(2, n, dtype=torch.int64)
-        bad, lost = [], []  # why images could not be read; the source of each that was replaced
+        bad, lost = [], []  # why images could not be read; the source of each that another replaces
         for row, place in enumerate(self.mine):
             position = step * self.batch + place
             g = position % len(self.groups)
@@ -537,25 +526,22 @@ class Steps(Dataset):
             flip = self.train and rng.random() < 0.5
             crop = functools.partial(random_crop, rng=rng, scale=self.scale) if self.train else centre
             picture, reasons = read_near(self.sources[s], i, self.size, crop)
-            group[row], source[row] = g, s
-            if reasons:
-                bad += reasons
-                lost.append(s)
-            if picture is None:  # an exception would arrive as a page of text
-                return {"source": source[:row + 1], "lost": [s], "bad": bad}
             pixels = crop_resize(*picture, self.size, self.size)
             image[row] = pixels.flip(2) if flip else pixels
+            group[row], source[row] = g, s
+            bad += reasons
+            lost += [s for _ in reasons[:1]]
         return {"image": image, "group": group, "params": params, "source": source, "lost": lost, "bad": bad}
 
 def read_near(source, i, size, crop):
-    """(what `read` gives of image i or of one after it, None if all fail; the reasons of those that failed)."""
+    """(what `read` gives of image i or of one after it, the reasons of those that failed). Oops if 24 fail."""
     reasons = []
     for k in range(24):
         try:  # the next one, then ever further: damage comes in runs
             return source.read((i + (1 << k >> 1)) % source.count, size, crop), reasons
         except Oops as error:
             reasons.append(str(error))
-    return None, reasons
+    raise Oops(f"{source.spec}: {len(reasons)} images at a stretch could not be read; the last: {reasons[-1]}")
 
 def start_worker(_=None):
     """A worker leaves signals to the main process, which may have handlers of its own for them."""
@@ -577,10 +563,11 @@ def batches(groups, image_size, batch, seed=0, rank=0, world=1, start_step=0, wo
 
 def stream(steps, step, workers):
     """The batches of `batches`, made by worker processes; begins anew where it was if one of them is killed."""
-    reads, bad = collections.Counter(), collections.Counter()
+    reads = collections.Counter()
+    bad = collections.Counter()
     deaths = 0
     options = {"pin_memory": torch.cuda.is_available()}
-    if workers and "fork" in multiprocessing.get_all_start_methods():  # Windows has none: there the main process reads
+    if workers and CAN_FORK:
         options |= {"num_workers": workers, "multiprocessing_context": "fork", "worker_init_fn": start_worker}
     while True:
         handler = signal.getsignal(signal.SIGCHLD)
@@ -591,43 +578,45 @@ def stream(steps, step, workers):
             signal.signal(signal.SIGCHLD, handler)
         try:
             for item in items:
-                lost = item.pop("lost")
                 reads.update(item.pop("source").tolist())
-                bad.update(lost)
-                for s in lost:
-                    if "image" not in item or bad[s] > 10 and bad[s] > reads[s] / 10:
+                bad.update(item.pop("lost"))
+                for s in bad:
+                    if bad[s] > max(10, reads[s] / 10):
                         raise Oops(f"{steps.sources[s].spec}: {bad[s]} of {reads[s]} images could not be read, "
                                    f"more than one in ten; the last: {item['bad'][-1]}")
                 yield item
                 step += 1
                 deaths = 0
+        except Oops as error:  # a worker's comes with its traceback
+            raise Oops(str(error).rpartition("Oops: ")[2].strip()) from None
         except (RuntimeError, OSError, EOFError) as error:  # a killed worker breaks the pipe, or DataLoader misses it
             if not workers or "Caught" in str(error):  # an error of our own in a worker
                 raise
             deaths += 1
             if deaths > 3:
-                raise Oops("loading processes keep dying: take fewer --workers, or /dev/shm is too small") from None
+                raise Oops("loading processes keep dying: take fewer --workers, or a larger /dev/shm") from None
             print(f"data: a loading process died, starting again at step {step} ({reason(error)})", file=sys.stderr)
         del items
 
 # ---- Pictures --------------------------------------------------------------------------------------------------------
 
-def contact_sheet(rows, path, columns=(), cell=None, gap=6):
+GAP = 6  # pixels between pictures
+
+def contact_sheet(rows, path, columns=(), cell=None):
     """Writes pictures in a grid as PNG, on white.
 
     rows: lists of uint8 arrays or tensors, [3,h,w] or [h,w,3]; columns: captions; cell: longest side to which each
     picture is scaled (as it is, if None). Oops if the file cannot be written.
     """
     with dune.writing(path) as file:
-        draw_sheet(rows, columns, cell, gap).save(file, "PNG", optimize=True)
+        draw_sheet(rows, columns, cell).save(file, "PNG", optimize=True)
 
-def draw_sheet(rows, columns=(), cell=None, gap=6):
+def draw_sheet(rows, columns, cell):
     def picture(x):
         x = np.asarray(x)
         image = Image.fromarray(np.ascontiguousarray(x.transpose(1, 2, 0) if x.shape[0] == 3 else x))
-        k = cell / max(image.size) if cell else 1
-        how = Image.Resampling.LANCZOS if k < 1 else Image.Resampling.BICUBIC
-        return image.resize([max(1, round(side * k)) for side in image.size], how)
+        scale = cell / max(image.size) if cell else 1
+        return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
 
     rows = [[picture(x) for x in row] for row in rows]
     font = ImageFont.load_default(size=14)
@@ -635,9 +624,9 @@ def draw_sheet(rows, columns=(), cell=None, gap=6):
     widths = [max(image.width for image in column if image) for column in itertools.zip_longest(*rows)]
     for c, text in enumerate(columns):
         widths[c] = max(widths[c], *(math.ceil(font.getlength(line)) for line in text.split("\n")))
-    top = gap + 18 * max((text.count("\n") + 1 for text in columns), default=0)
-    xs = list(itertools.accumulate((width + gap for width in widths), initial=gap))
-    ys = list(itertools.accumulate((height + gap for height in heights), initial=top))
+    top = GAP + 18 * max((text.count("\n") + 1 for text in columns), default=0)
+    xs = list(itertools.accumulate((width + GAP for width in widths), initial=GAP))
+    ys = list(itertools.accumulate((height + GAP for height in heights), initial=top))
     sheet = Image.new("RGB", (xs[-1], ys[-1]), "white")
     for x, width, text in zip(xs, widths, columns):
         place = (x + width / 2, top - 4)
@@ -648,7 +637,7 @@ def draw_sheet(rows, columns=(), cell=None, gap=6):
     return sheet
 
 def survey(source):
-    """One line about a source: how many images, odd sizes, and how many of a sample cannot be read."""
+    """One line about a source: how many images, and from a sample their sizes and how many cannot be read."""
     sizes, broken = [], []
     for k in range(min(source.count, 100)):
         try:
@@ -657,9 +646,7 @@ def survey(source):
             broken.append(f", such as {error}")
     line = f"{source.count:,} images, "
     if sizes:
-        longest = max(sizes, key=lambda size: max(size) / min(size))
-        for what, (w, h) in (("smallest", min(sizes, key=min)), ("largest", max(sizes, key=max)), ("longest", longest)):
-            line += f"{what} {w}x{h}, "
+        line += "smallest {}x{}, ".format(*min(sizes, key=min)) + "largest {}x{}, ".format(*max(sizes, key=max))
     return line + f"unreadable {len(broken)} of {len(sizes) + len(broken)}" + "".join(broken[:1])
 
 def inspect(groups, teachers, size, path):
@@ -677,8 +664,6 @@ def inspect(groups, teachers, size, path):
         seen = seen * constant(IMAGENET_STD, seen.device) + constant(IMAGENET_MEAN, seen.device)
         rows = (seen * 255).round().to(torch.uint8).split(len(groups))  # position p is of group p % G
         draw_sheet(rows, [group.name for group in groups], min(size, 168)).save(file, "PNG")
-    parts = [str(len(range(g, 128, len(groups)))) for g in range(len(groups))]
-    print(f"a batch of 128 holds {' + '.join(parts)} images of them; who has one more, rotates")
     print(f"wrote {path}: samples as the networks see them")
 
 # ---- The procedural scenes -------------------------------------------------------------------------------------------
@@ -975,9 +960,8 @@ def material(rng, code, hue):
     period = rng.uniform(0.2, 0.45)
     return pattern, period, hsv(hue, saturation, value)[..., 0], hsv(hue + shift, saturation, value * darker)[..., 0]
 
-def cast(solids, rotation, eye, focal, rays):
-    """Depth [S,S] along the rays [3,S,S] from the camera, and the surface that each meets, int8 [S,S]: 0..3 the room's,
-    4.. those of solids[1:]."""
+def cast(solids, eye, rays):
+    """Depth [S,S] along rays [3,S,S], and which surface each meets, int8 [S,S]: 0..3 the room's, 4.. solids[1:]."""
     room = solids[0]
     o = room.inside(eye)[..., None]
     d = rays / room.half[..., None]
@@ -985,17 +969,11 @@ def cast(solids, rotation, eye, focal, rays):
     q = o + d * depth
     which = largest(q)
     which[(which == 1) & (q[1] < 0)] = 3  # the ceiling
-    corners = np.array(list(itertools.product((-1, 1), repeat=3)), np.float32)
     for code, solid in enumerate(solids[1:], 4):
-        seen = (corners * solid.half.T @ (solid.m * solid.half) + solid.centre.T - eye.T) @ rotation
-        where = np.s_[:, :, :]
-        if seen[:, 2].min() > 0.05:  # in front of the camera: only the pixels near it
-            flat = seen[:, :2] / np.maximum(seen[:, 2:], 0.05) * focal + 0.5
-            where = window(rays.shape[1], *flat.min(0).tolist(), *flat.max(0).tolist())
-        enter, leave = solid.interval(solid.inside(eye), np.tensordot(solid.m, rays[where], 1))
-        hit = (enter < leave) & (enter > 0) & (enter < depth[where[1:]])
-        depth[where[1:]][hit] = enter[hit]
-        which[where[1:]][hit] = code
+        enter, leave = solid.interval(solid.inside(eye), np.tensordot(solid.m, rays, 1))
+        hit = (enter < leave) & (enter > 0) & (enter < depth)
+        depth[hit] = enter[hit]
+        which[hit] = code
     return depth, which
 
 def smooth_seams(img, which):
@@ -1023,7 +1001,7 @@ def rooms(seed, size=112, view=0):
     right, down, forward = rotation.T[..., None, None]
     rays = right * ((x - 0.5) / focal) + down * ((y - 0.5) / focal) + forward
     rays[np.abs(rays) < 1e-6] = 1e-6  # a ray's parameter is its z-depth
-    depth, which = cast(solids, rotation, eye, focal, rays)
+    depth, which = cast(solids, eye, rays)
 
     points = (eye[..., None] + rays * depth).reshape(3, -1)
     normals, img = np.empty_like(points), np.empty_like(points)
@@ -1209,23 +1187,22 @@ def people(seed, size=112):
 
 SCENES = {"objects": objects, "rooms": rooms, "people": people}
 
-def draw_scenes(kind, size, keys, options, seeds):
-    scenes = [SCENES[kind](seed, size, **options) for seed in seeds]
-    return [{key: scene[key] for key in keys or scene} for scene in scenes]
+def draw_scene(kind, size, keys, options, seed):
+    scene = SCENES[kind](seed, size, **options)
+    return {key: scene[key] for key in keys or scene}
 
 def labelled_scenes(kind, start, count, size=112, keys=(), **options):
     """`count` scenes, drawn by all cores, as tensors [count, ...]: "image" uint8 [count,3,size,size] and what else
     SCENES[kind] gives (people: room for three, "visible" false where there is none), or `keys` alone.
 
     options: view=1 for rooms."""
-    draw = functools.partial(draw_scenes, kind, size, keys, options)
-    parts = [range(first, min(first + 16, start + count)) for first in range(start, start + count, 16)]
-    if count < 64 or "fork" not in multiprocessing.get_all_start_methods():
-        parts = list(map(draw, parts))
-    else:
+    draw = functools.partial(draw_scene, kind, size, keys, options)
+    seeds = range(start, start + count)
+    if count >= 64 and CAN_FORK:
         with ProcessPoolExecutor(cores(), multiprocessing.get_context("fork"), start_worker) as pool:
-            parts = list(pool.map(draw, parts))
-    scenes = list(itertools.chain.from_iterable(parts))
+            scenes = list(pool.map(draw, seeds, chunksize=16))
+    else:
+        scenes = list(map(draw, seeds))
     out = {key: [scene[key] for scene in scenes] for key in scenes[0]}
     for key in {"joints2d", "joints3d", "visible"} & set(out):
         out[key] = [np.concatenate([v, np.zeros_like(v), np.zeros_like(v)])[:3] for v in out[key]]
@@ -1383,7 +1360,8 @@ def open_index(root):
         return index
     lock = os.open(root, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError, AttributeError):  # of this machine's processes one writes, the others wait
+        with contextlib.suppress(OSError, ImportError):  # of this machine's processes one writes, the others wait
+            import fcntl  # not on Windows
             fcntl.flock(lock, fcntl.LOCK_EX)
         return fitting_index(places, root) or write_index(writable(places), root, scan(root))
     finally:
@@ -1411,38 +1389,30 @@ def writable(places):
 
 def bench(size, seconds=2.0):
     """Prints images/s on one core, from 500x375 JPEGs, of each stage and of all together."""
-    torch.set_num_threads(1)
     device = dune.pick_device("auto")
-    files, params = [], torch.empty(24, len(NO_COLOUR))
-    for seed, kind in zip(range(24), itertools.cycle(SCENES)):
-        rng = np.random.default_rng(seed)
-        scene = Image.fromarray(SCENES[kind](seed, 256)["image"]).resize((500, 375), Image.Resampling.BICUBIC)
-        scene = np.asarray(scene) + rng.normal(0, 7, (375, 500, 1))  # without grain they decode faster than photographs
+    rng = np.random.default_rng(0)
+    files = []
+    for seed in range(24):
+        scene = SCENES["rooms"](seed, 500)["image"][:375] + rng.normal(0, 7, (375, 500, 1))  # with grain, as photographs
         files.append(io.BytesIO())
         Image.fromarray(scene.clip(0, 255).astype(np.uint8)).save(files[-1], "JPEG", quality=90)
-        params[seed] = torch.from_numpy(draw_colour(rng))
+    params = torch.stack([torch.from_numpy(draw_colour(rng)) for _ in files])
     crop = functools.partial(random_crop, rng=rng, scale=(0.4, 1.0))
 
-    def worker(i):
-        return crop_resize(*decode(files[i], size, crop), size, size)
+    def load():
+        return torch.stack([crop_resize(*decode(file, size, crop), size, size) for file in files])
 
-    def measure(name, work, count=1):
-        work(0)
-        begun, n = time.perf_counter(), 0
-        while time.perf_counter() - begun < seconds or n < 24:
-            work(n % 24)
-            n += 1
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        spent = (time.perf_counter() - begun) / n / count
-        print(f"{name:44}{1 / spent:9,.0f} images/s {spent * 1e3:8.2f} ms")
-
-    images = torch.stack([worker(i) for i in range(24)]).to(device)
+    images = load().to(device)
     print(f"500x375 JPEG -> {size} px, one core; colour on {device}")
-    measure("decode", lambda i: decode(files[i]))
-    measure("decode, crop, resize to uint8 (a worker)", worker)
-    measure("colour and normalise, batched", lambda i: augment(images, params), 24)
-    measure("all of it", lambda i: augment(worker(i)[None].to(device), params[i:i + 1]))
+    for name, work in {
+        "decode": lambda: [decode(file) for file in files],
+        "decode, crop, resize to uint8 (a worker)": load,
+        "colour and normalise": lambda: augment(images, params),
+        "all of it": lambda: augment(load().to(device), params),
+    }.items():
+        timer = Timer("work()", globals={"work": work})  # waits for the GPU, and takes one thread
+        spent = timer.blocked_autorange(min_run_time=seconds).median / len(files)
+        print(f"{name:44}{1 / spent:9,.0f} images/s {spent * 1e3:8.2f} ms")
 
 OPTIONS = {
     "data": option([], "teacher=source,source… or sources for all, or a file of such lines"),
