@@ -86,8 +86,7 @@ class Files(Source):
         self.turn = turn
         root = os.path.realpath(spec)
         if not os.path.exists(root):
-            raise Oops(f"{spec} does not exist (a source is a folder, a .tar, a .txt list or scenes:NAME; "
-                       "behind it @turn:WORD, @WEIGHT)")
+            raise Oops(f"{spec} does not exist (a source is a folder, a .tar, a .txt list or scenes:NAME)")
         if not os.path.isdir(root):
             if not root.endswith((".tar", ".txt")):
                 raise Oops(f"{spec} is neither a folder nor a .tar archive nor a .txt list of paths")
@@ -181,10 +180,8 @@ def data_lines(spec):
     with open(spec, encoding="utf-8", errors="surrogateescape") as file:
         lines = filter(None, (re.sub(r"(^|\s)#.*", "", line).strip() for line in file))
         first = next(lines, "")
-        image = first.lower().endswith(SUFFIXES)
-        if not first.endswith((".tar", ".txt")):  # of a list; then an image may have any name
-            image = image or os.path.isfile(os.path.join(os.path.dirname(spec), first))
-        if image or not first:
+        file_there = os.path.isfile(os.path.join(os.path.dirname(spec), first))  # in a list, an image has any name
+        if first.lower().endswith(SUFFIXES) or file_there and not first.endswith((".tar", ".txt")) or not first:
             return [spec]
         lines = [first, *lines]
     if not "".join(lines).isprintable():
@@ -203,22 +200,20 @@ def parse_data(specs, teachers, seeds=""):
         owner, sources = re.fullmatch(r"(?:([\w.-]+)=)?(.*)", line).groups()
         if owner and owner not in teachers:
             raise Oops(f"--data names {owner}, which is not one of --teachers {','.join(teachers)}")
-        _, known = wanted.setdefault(owner or "shared", ([owner] if owner else list(teachers), []))
-        known += [source for source in sources.split(",") if source.strip()]
+        owners = [owner] if owner else list(teachers)
+        for spec in filter(str.strip, sources.split(",")):
+            wanted.setdefault(owner or "shared", (owners, []))[1].append(spec)
     if not specs:
         for name, row in teachers.items():
-            owners, _ = wanted.setdefault(row.domain, ([], [f"scenes:{row.domain}{seeds}"]))
-            owners.append(name)
-    provided = {name for owners, sources in wanted.values() if sources for name in owners}
+            wanted.setdefault(row.domain, ([], [f"scenes:{row.domain}{seeds}"]))[0].append(name)
+    provided = {name for owners, _ in wanted.values() for name in owners}
     poor = [name for name in teachers if name not in provided]
     if poor:
         raise Oops(f"--data has no images for {', '.join(poor)}: "
                    f"add --data {poor[0]}=PATH, or a PATH without a name for all teachers")
     groups = []
-    for name, (owners, sources) in wanted.items():
-        if not sources:
-            continue
-        sources = [open_source(spec) for spec in sources]
+    for name, (owners, specs) in wanted.items():
+        sources = [open_source(spec) for spec in specs]
         groups.append(Group(name, sources, tuple(owners), any(teachers[owner].generic for owner in owners)))
         endless = [source.spec for source in sources if source.count >= TEST_SCENES]
         if endless and len(sources) > 1:  # sources count by size: it would drown the others
@@ -468,7 +463,7 @@ def colour(x, params):
             continue
         factor = beside(x, params[rows, 4 + op]).view(-1, 1, 1, 1)
         rows = beside(x, rows)
-        x[rows] = OPS[op](x[rows], factor)
+        x.index_copy_(0, rows, OPS[op](x.index_select(0, rows), factor))
     return x
 
 def normalise(image):
@@ -1216,26 +1211,28 @@ def cores():
 
 # ---- Index: twenty million paths in one file that all processes share ------------------------------------------------
 # A source is a set of containers (folders, tar archives, or a list), each with its images: (name, offset, length), both
-# 0 unless it lies in an archive. Paths in the file are relative to the source's folder.
+# 0 unless it lies in an archive. A container's path begins with the source's, an image's with its container's (in a
+# list: its folder's); the file keeps only what follows.
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 
 class Index:
-    """The images of one source, as `write_index` wrote them, memory-mapped: paths live in the page cache, once.
+    """The images of one source, as `write_index` wrote them, memory-mapped: names live in the page cache, once.
 
     The file: int64 [version, containers C, images N, bytes of the containers' paths], marks [C,3] (first image, stamp),
-    images [N,3] (where its path ends, offset, length), the containers' paths between zeros, all images' paths.
+    images [N,3] (where its name ends, offset, length), the containers' paths between zeros, all images' names.
     """
 
     def __init__(self, place, root):
-        self.place, self.base = place, base_of(root)
+        self.place = place
+        self.folder = os.path.dirname(root) if is_list(root) else None
         raw = np.memmap(dune.regular(place), np.uint8, "r")
         version, containers, images, length = raw[:32].view(np.int64).tolist()
-        _, *tables, names, self.paths = np.split(raw, np.cumsum([32, 24 * containers, 24 * images, length]))
+        _, *tables, paths, self.names = np.split(raw, np.cumsum([32, 24 * containers, 24 * images, length]))
         self.marks, self.images = (table.view(np.int64).reshape(-1, 3) for table in tables)
-        self.containers = [os.path.join(self.base, os.fsdecode(name)) for name in names.tobytes().split(b"\0")]
+        self.containers = [root + os.fsdecode(path) for path in paths.tobytes().split(b"\0")]
         found = (INDEX_VERSION, len(self.marks), len(self.images), len(self.containers))
-        if found != (version, containers, images, containers) or self.images[-1:, 0].tolist() != [len(self.paths)]:
+        if found != (version, containers, images, containers) or self.images[-1:, 0].tolist() != [len(self.names)]:
             raise ValueError("an index of another version, or cut short")
 
     def fits(self):
@@ -1247,8 +1244,8 @@ class Index:
         """(path of image i, the archive in which it lies or None, its offset and length there)."""
         begin = self.images[i - 1, 0] if i else 0
         end, offset, length = self.images[i].tolist()
-        path = os.path.join(self.base, os.fsdecode(self.paths[begin:end].tobytes()))
         container = self.containers[np.searchsorted(self.marks[:, 0], i, "right") - 1]
+        path = os.path.join(self.folder or container, os.fsdecode(self.names[begin:end].tobytes()))
         return path, container if offset else None, offset, length
 
 def stamp(path):
@@ -1276,29 +1273,30 @@ def tar_images(path):
 
 def list_images(path):
     """(name, 0, 0) of each line of a text file of paths. Oops if one is no text, or does not exist."""
-    images, missing = [], []
+    names = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             name = os.fsdecode(line.strip())
             if not name.isprintable():
                 raise Oops(f"{path}: line {number} is no path in UTF-8; a list has one a line")
             if name and name[0] != "#":
-                images.append((name, 0, 0))
-                if not os.path.exists(os.path.join(os.path.dirname(path), name)):
-                    missing.append(name)
+                names.append(name)
+    missing = [name for name in names if not os.path.exists(os.path.join(os.path.dirname(path), name))]
     if missing:
         first = ", ".join(missing[:3])
-        raise Oops(f"{path}: {len(missing):,} of its {len(images):,} paths do not exist, first {first}")
-    return images
+        raise Oops(f"{path}: {len(missing):,} of its {len(names):,} paths do not exist, first {first}")
+    return [(name, 0, 0) for name in names]
+
+def is_list(root):
+    return root.endswith(".txt") and os.path.isfile(root)
 
 def is_image(name):
     return name.lower().endswith(SUFFIXES) and name[0] != "."
 
 def scan(root):
-    """Walks a source and yields (a container, what precedes its images' names, its images), sorted by names."""
+    """Walks a source and yields (path of a container, its images), sorted by names."""
     if os.path.isfile(root):
-        tar = root.endswith(".tar")
-        yield root, f"{os.path.basename(root)}/" if tar else "", tar_images(root) if tar else list_images(root)
+        yield root, list_images(root) if is_list(root) else tar_images(root)
         return
     seen = set()  # links may form circles
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=leave_out):
@@ -1308,11 +1306,10 @@ def scan(root):
             continue
         seen.add((info.st_dev, info.st_ino))
         subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
-        prefix = os.path.join(folder, "")[len(root):].lstrip("/")
-        yield folder, prefix, ((name, 0, 0) for name in sorted(files) if is_image(name))
-        for name in sorted(files):
-            if name.endswith(".tar") and name[0] != ".":
-                yield os.path.join(folder, name), f"{prefix}{name}/", tar_images(os.path.join(folder, name))
+        files.sort()
+        yield folder, ((name, 0, 0) for name in files if is_image(name))
+        for path in (os.path.join(folder, name) for name in files if name.endswith(".tar") and name[0] != "."):
+            yield path, tar_images(path)
 
 def leave_out(error):
     print(f"data: left out {error.filename}: {error.strerror}", file=sys.stderr)
@@ -1322,30 +1319,28 @@ def write_index(place, root, containers):
     print(f"data: indexing {root}, once", file=sys.stderr)
     begun = time.time_ns()
     marks, images = array.array("q"), array.array("q")
-    names, paths = [], bytearray()
-    for container, prefix, found in containers:
+    paths, names = [], bytearray()
+    for container, found in containers:
         mark = stamp(container)
         marks.append(len(images) // 3)
         marks.extend(mark if mark[0] < begun else [0, 0])  # changed while we looked: look again next time
-        names.append(os.fsencode(os.path.relpath(container, base_of(root))))
+        paths.append(os.fsencode(container[len(root):]))
         for name, offset, length in found:
-            paths += os.fsencode(prefix + name)
-            images.extend((len(paths), offset, length))
+            names += os.fsencode(name)
+            images.extend((len(names), offset, length))
     count = len(images) // 3
     if not count:
-        raise Oops(f"{root} holds no images (no {' '.join(SUFFIXES)} in {len(names)} folders, archives or lists)")
-    head = array.array("q", [INDEX_VERSION, len(names), count, len(b"\0".join(names))])
+        raise Oops(f"{root} holds no images (no {' '.join(SUFFIXES)} in {len(paths)} folders, archives or lists)")
+    paths = b"\0".join(paths)
+    head = array.array("q", [INDEX_VERSION, len(marks) // 3, count, len(paths)])
     mine = f"{place}.{os.urandom(6).hex()}"  # other machines may be at it too
     with dune.writing(mine) as file:
-        for part in (head, marks, images, b"\0".join(names), paths):
+        for part in (head, marks, images, paths, names):
             file.write(part)
     os.replace(mine, place)
     seconds = (time.time_ns() - begun) / 1e9
     print(f"data: indexed {count:,} images, {seconds:.1f} s, kept as {place}", file=sys.stderr)
     return Index(place, root)
-
-def base_of(root):
-    return root if os.path.isdir(root) else os.path.dirname(root)
 
 def cache_folder():
     """Where indexes of sources that cannot be written beside, and the tiny specialists, are kept."""
@@ -1393,7 +1388,7 @@ def bench(size, seconds=2.0):
     rng = np.random.default_rng(0)
     files = []
     for seed in range(24):
-        scene = SCENES["rooms"](seed, 500)["image"][:375] + rng.normal(0, 7, (375, 500, 1))  # with grain, as photographs
+        scene = SCENES["rooms"](seed, 500)["image"][:375] + rng.normal(0, 7, (375, 500, 1))  # with grain
         files.append(io.BytesIO())
         Image.fromarray(scene.clip(0, 255).astype(np.uint8)).save(files[-1], "JPEG", quality=90)
     params = torch.stack([torch.from_numpy(draw_colour(rng)) for _ in files])

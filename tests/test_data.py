@@ -127,7 +127,7 @@ def test_a_foreign_or_damaged_index_is_written_again(tmp_path):
     whole = index.read_bytes()
     rng = np.random.default_rng(0)
     old = np.array([1, 4, 1, 0, 9] + [0] * 40, np.int64).tobytes()
-    huge = np.array([2, 2**62, -2**63, 2**61] + [0] * 40, np.int64).tobytes()
+    huge = np.array([3, 2**62, -2**63, 2**61] + [0] * 40, np.int64).tobytes()
     for junk in (b"", b"junk", rng.bytes(999), rng.bytes(1000), old, huge, whole[:-9], whole[:40], whole + b"x"):
         index.write_bytes(junk)
         assert open_path(root).count == 4
@@ -159,7 +159,7 @@ def test_a_large_index_opens_fast_and_takes_no_memory(tmp_path):
     names = ((f"{i:09}.jpg", 0, 0) for i in range(300_000))
     tmp_path = tmp_path.resolve()
     place = str(tmp_path / "large.dune-index")
-    data.write_index(place, str(tmp_path), [(str(tmp_path), "sub/", names)])
+    data.write_index(place, str(tmp_path), [(str(tmp_path / "sub"), names)])
     tracemalloc.start()
     begun = time.perf_counter()
     index = data.Index(place, str(tmp_path))
