@@ -119,7 +119,7 @@ class Scenes(Source):
         self.kind = parts[1]
         self.start = int(parts[2] or 0)
         self.count = int(parts[3] or TEST_SCENES) - self.start
-        self.kept = None
+        self.kept = {}  # {size: images uint8 [count, size, size, 3]}
         if self.count < 1:
             raise Oops(f"{spec} holds no images: START must be less than STOP")
 
@@ -128,14 +128,13 @@ class Scenes(Source):
 
     def prepare(self, size):
         """Draws a source of at most 192 MB once and for all; the worker processes then share it."""
-        if 3 * self.count * size**2 <= 192e6 and (self.kept is None or self.kept.shape[1] != size):
+        if 3 * self.count * size**2 <= 192e6 and size not in self.kept:
             scenes = labelled_scenes(self.kind, self.start, self.count, size, keys=("image",))
-            self.kept = scenes["image"].permute(0, 2, 3, 1).numpy()
+            self.kept = {size: scenes["image"].permute(0, 2, 3, 1).numpy()}
 
     def read(self, i, size=0, crop=whole):
         size = size or 224
-        kept = self.kept is not None and self.kept.shape[1] == size
-        pixels = self.kept[i] if kept else SCENES[self.kind](self.start + i, size)["image"]
+        pixels = self.kept[size][i] if size in self.kept else SCENES[self.kind](self.start + i, size)["image"]
         return Image.fromarray(pixels), crop(size, size)
 
     def held_out(self, count):
@@ -498,10 +497,9 @@ class Steps(Dataset):
     def __post_init__(self):
         self.mine = range(self.rank * self.batch // self.world, (self.rank + 1) * self.batch // self.world)
         self.orders = [Order(group, mix(self.seed, g), self.train) for g, group in enumerate(self.groups)]
-        self.sources = [source for group in self.groups for source in group.sources]
-        self.first = list(itertools.accumulate((len(group.sources) for group in self.groups), initial=0))
-        for source in self.sources:
-            source.prepare(self.size)
+        for group in self.groups:
+            for source in group.sources:
+                source.prepare(self.size)
 
     def __getitem__(self, step):
         n = len(self.mine)
@@ -509,24 +507,27 @@ class Steps(Dataset):
         if get_worker_info():
             image.share_memory_()  # written where the main process reads it: no copy, no growing heap
         params = torch.empty(n, len(NO_COLOUR))
-        group, source = torch.empty(2, n, dtype=torch.int64)
-        bad, lost = [], []  # why images could not be read; the source of each that another replaces
+        group = torch.empty(n, dtype=torch.int64)
+        bad = []  # why images could not be read
+        asked, lost = [], []  # the source of each image, and of each that another replaces
         for row, place in enumerate(self.mine):
             position = step * self.batch + place
-            g = position % len(self.groups)
-            s, i = self.orders[g](position // len(self.groups))
-            s += self.first[g]
+            draw, g = divmod(position, len(self.groups))
+            s, i = self.orders[g](draw)
+            source = self.groups[g].sources[s]
             rng = np.random.default_rng((self.seed, 2, position))
             params[row] = torch.from_numpy(draw_colour(rng, self.colour if self.train else 0))
             flip = self.train and rng.random() < 0.5
             crop = functools.partial(random_crop, rng=rng, scale=self.scale) if self.train else centre
-            picture, reasons = read_near(self.sources[s], i, self.size, crop)
+            picture, reasons = read_near(source, i, self.size, crop)
             pixels = crop_resize(*picture, self.size, self.size)
             image[row] = pixels.flip(2) if flip else pixels
-            group[row], source[row] = g, s
+            group[row] = g
             bad += reasons
-            lost += [s for _ in reasons[:1]]
-        return {"image": image, "group": group, "params": params, "source": source, "lost": lost, "bad": bad}
+            asked.append(source.spec)
+            if reasons:
+                lost.append(source.spec)
+        return {"image": image, "group": group, "params": params, "bad": bad, "asked": asked, "lost": lost}
 
 def read_near(source, i, size, crop):
     """(what `read` gives of image i or of one after it, the reasons of those that failed). Oops if 24 fail."""
@@ -558,8 +559,7 @@ def batches(groups, image_size, batch, seed=0, rank=0, world=1, start_step=0, wo
 
 def stream(steps, step, workers):
     """The batches of `batches`, made by worker processes; begins anew where it was if one of them is killed."""
-    reads = collections.Counter()
-    bad = collections.Counter()
+    asked, lost = collections.Counter(), collections.Counter()  # images by source
     deaths = 0
     options = {"pin_memory": torch.cuda.is_available()}
     if workers and CAN_FORK:
@@ -573,12 +573,12 @@ def stream(steps, step, workers):
             signal.signal(signal.SIGCHLD, handler)
         try:
             for item in items:
-                reads.update(item.pop("source").tolist())
-                bad.update(item.pop("lost"))
-                for s in bad:
-                    if bad[s] > max(10, reads[s] / 10):
-                        raise Oops(f"{steps.sources[s].spec}: {bad[s]} of {reads[s]} images could not be read, "
-                                   f"more than one in ten; the last: {item['bad'][-1]}")
+                asked.update(item.pop("asked"))
+                lost.update(item.pop("lost"))
+                for spec, n in lost.items():
+                    if n > max(10, asked[spec] / 10):
+                        raise Oops(f"{spec}: {n} of {asked[spec]} images could not be read, more than one in ten; "
+                                   f"the last: {item['bad'][-1]}")
                 yield item
                 step += 1
                 deaths = 0
