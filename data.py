@@ -3,9 +3,9 @@
     python data.py --data dinov2=/d/in19k,/d/gldv2@0.5 --data mast3r=/d/habitat.tar   # what is there? + a contact sheet
     python data.py --bench                                                            # images/s of each stage
 
-The file follows an image on its way: `parse_data` gives sources to teachers, `Order` decides when an image is drawn, a
-worker process makes it uint8 (`decode`, `crop_resize`), `batches` hands out balanced batches, `augment` colours them on
-the device. Then come the procedural scenes, and the index by which a source knows its files.
+The file follows an image on its way: `parse_data` gives sources to teachers, `Order` decides when an image is drawn,
+`decode` and `crop_resize` make it uint8, `batches` hands out balanced batches, `augment` colours them on the device.
+Then come the procedural scenes, and the index by which a source knows its files.
 """
 
 import array
@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.benchmark import Timer
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 
 import dune
 from dune import Oops, option
@@ -63,7 +63,7 @@ class Source:
         self.spec, self.weight = spec, weight
 
     def read(self, i, size=0, crop=whole):
-        """Image i: (upright PIL RGB image, the box in it that crop(width, height) chose). Oops if it cannot be read.
+        """(image i as upright PIL RGB image, the box in it that crop(width, height) takes). Oops if it cannot be read.
 
         size: the side to which that box will be resized, 0 if unknown."""
         raise NotImplementedError
@@ -87,10 +87,8 @@ class Files(Source):
         root = os.path.realpath(spec)
         if not os.path.exists(root):
             raise Oops(f"{spec} does not exist (a source is a folder, a .tar, a .txt list or scenes:NAME)")
-        if not os.path.isdir(root):
-            if not root.endswith((".tar", ".txt")):
-                raise Oops(f"{spec} is neither a folder nor a .tar archive nor a .txt list of paths")
-            dune.regular(root)
+        if not os.path.isdir(root) and not dune.regular(root).endswith((".tar", ".txt")):
+            raise Oops(f"{spec} is neither a folder nor a .tar archive nor a .txt list of paths")
         self.index = open_index(root)
         self.count = len(self.index.images)
 
@@ -481,69 +479,6 @@ def augment(image, params):
 
 # ---- Batches ---------------------------------------------------------------------------------------------------------
 
-@dataclass
-class Steps(Dataset):
-    """Step k -> this process's part of global batch k. Position p of all positions ever belongs to group p % G."""
-    groups: list
-    size: int
-    batch: int
-    seed: int
-    rank: int
-    world: int
-    scale: tuple
-    colour: float
-    train: bool
-
-    def __post_init__(self):
-        self.mine = range(self.rank * self.batch // self.world, (self.rank + 1) * self.batch // self.world)
-        self.orders = [Order(group, mix(self.seed, g), self.train) for g, group in enumerate(self.groups)]
-        for group in self.groups:
-            for source in group.sources:
-                source.prepare(self.size)
-
-    def __getitem__(self, step):
-        n = len(self.mine)
-        image = torch.empty(n, 3, self.size, self.size, dtype=torch.uint8)
-        if get_worker_info():
-            image.share_memory_()  # written where the main process reads it: no copy, no growing heap
-        params = torch.empty(n, len(NO_COLOUR))
-        group = torch.empty(n, dtype=torch.int64)
-        bad = []  # why images could not be read
-        asked, lost = [], []  # the source of each image, and of each that another replaces
-        for row, place in enumerate(self.mine):
-            position = step * self.batch + place
-            draw, g = divmod(position, len(self.groups))
-            s, i = self.orders[g](draw)
-            source = self.groups[g].sources[s]
-            rng = np.random.default_rng((self.seed, 2, position))
-            params[row] = torch.from_numpy(draw_colour(rng, self.colour if self.train else 0))
-            flip = self.train and rng.random() < 0.5
-            crop = functools.partial(random_crop, rng=rng, scale=self.scale) if self.train else centre
-            picture, reasons = read_near(source, i, self.size, crop)
-            pixels = crop_resize(*picture, self.size, self.size)
-            image[row] = pixels.flip(2) if flip else pixels
-            group[row] = g
-            bad += reasons
-            asked.append(source.spec)
-            if reasons:
-                lost.append(source.spec)
-        return {"image": image, "group": group, "params": params, "bad": bad, "asked": asked, "lost": lost}
-
-def read_near(source, i, size, crop):
-    """(what `read` gives of image i or of one after it, the reasons of those that failed). Oops if 24 fail."""
-    reasons = []
-    for k in range(24):
-        try:  # the next one, then ever further: damage comes in runs
-            return source.read((i + (1 << k >> 1)) % source.count, size, crop), reasons
-        except Oops as error:
-            reasons.append(str(error))
-    raise Oops(f"{source.spec}: {len(reasons)} images at a stretch could not be read; the last: {reasons[-1]}")
-
-def start_worker(_=None):
-    """A worker leaves signals to the main process, which may have handlers of its own for them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
 def batches(groups, image_size, batch, seed=0, rank=0, world=1, start_step=0, workers=4, scale=(0.4, 1.0), colour=1.0,
             train=True):
     """Endlessly, this process's part (b = batch / world images) of each global batch from `start_step` on.
@@ -555,22 +490,52 @@ def batches(groups, image_size, batch, seed=0, rank=0, world=1, start_step=0, wo
     """
     if batch % world:
         raise Oops(f"the global batch {batch} cannot be divided among {world} processes: choose a multiple of {world}")
-    return stream(Steps(groups, image_size, batch, seed, rank, world, scale, colour, train), start_step, workers)
+    orders = [Order(group, mix(seed, g), train) for g, group in enumerate(groups)]
+    for group in groups:
+        for source in group.sources:
+            source.prepare(image_size)
 
-def stream(steps, step, workers):
-    """The batches of `batches`, made by worker processes; begins anew where it was if one of them is killed."""
+    def make(step):
+        n = batch // world
+        image = torch.empty(n, 3, image_size, image_size, dtype=torch.uint8)
+        if get_worker_info():
+            image.share_memory_()  # written where the main process reads it: no copy, no growing heap
+        params = torch.empty(n, len(NO_COLOUR))
+        group = torch.empty(n, dtype=torch.int64)
+        bad = []  # why images could not be read
+        asked, lost = [], []  # the source of each image, and of each that another replaces
+        for row in range(n):
+            position = step * batch + rank * n + row  # among all images ever; it belongs to group position % G
+            draw, g = divmod(position, len(groups))
+            s, i = orders[g](draw)
+            source = groups[g].sources[s]
+            rng = np.random.default_rng((seed, 2, position))
+            params[row] = torch.from_numpy(draw_colour(rng, colour if train else 0))
+            flip = train and rng.random() < 0.5
+            crop = functools.partial(random_crop, rng=rng, scale=scale) if train else centre
+            picture, reasons = read_near(source, i, image_size, crop)
+            pixels = crop_resize(*picture, image_size, image_size)
+            image[row] = pixels.flip(2) if flip else pixels
+            group[row] = g
+            bad += reasons
+            asked.append(source.spec)
+            if reasons:
+                lost.append(source.spec)
+        return {"image": image, "group": group, "params": params, "bad": bad, "asked": asked, "lost": lost}
+
+    return stream(make, start_step, workers)
+
+def stream(make, step, workers):
+    """make(step), make(step + 1), … by worker processes; begins anew where it was if one of them is killed."""
     asked, lost = collections.Counter(), collections.Counter()  # images by source
     deaths = 0
-    options = {"pin_memory": torch.cuda.is_available()}
+    options = {"collate_fn": make, "pin_memory": torch.cuda.is_available()}
     if workers and CAN_FORK:
         options |= {"num_workers": workers, "multiprocessing_context": "fork", "worker_init_fn": start_worker}
     while True:
-        handler = signal.getsignal(signal.SIGCHLD)
-        if getattr(handler, "__module__", "").startswith("torch."):  # another DataLoader's
-            handler = signal.SIG_DFL
-        items = iter(DataLoader(steps, None, sampler=itertools.count(step), **options))
-        with contextlib.suppress(ValueError):  # torch's would raise in the middle of the main thread's work
-            signal.signal(signal.SIGCHLD, handler)
+        items = iter(DataLoader(range(sys.maxsize), None, sampler=itertools.count(step), **options))
+        with contextlib.suppress(ValueError):  # torch's handler would raise in the middle of the main thread's work
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
             for item in items:
                 asked.update(item.pop("asked"))
@@ -592,6 +557,21 @@ def stream(steps, step, workers):
                 raise Oops("loading processes keep dying: take fewer --workers, or a larger /dev/shm") from None
             print(f"data: a loading process died, starting again at step {step} ({reason(error)})", file=sys.stderr)
         del items
+
+def read_near(source, i, size, crop):
+    """(what `read` gives of image i or of one after it, the reasons of those that failed). Oops if 24 fail."""
+    reasons = []
+    for k in range(24):
+        try:  # the next one, then ever further: damage comes in runs
+            return source.read((i + (1 << k >> 1)) % source.count, size, crop), reasons
+        except Oops as error:
+            reasons.append(str(error))
+    raise Oops(f"{source.spec}: {len(reasons)} images at a stretch could not be read; the last: {reasons[-1]}")
+
+def start_worker(_=None):
+    """A worker leaves signals to the main process, which may have handlers of its own for them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 # ---- Pictures --------------------------------------------------------------------------------------------------------
 
@@ -641,7 +621,8 @@ def survey(source):
             broken.append(f", such as {error}")
     line = f"{source.count:,} images, "
     if sizes:
-        line += "smallest {}x{}, ".format(*min(sizes, key=min)) + "largest {}x{}, ".format(*max(sizes, key=max))
+        (w, h), (wide, high) = min(sizes, key=min), max(sizes, key=max)
+        line += f"smallest {w}x{h}, largest {wide}x{high}, "
     return line + f"unreadable {len(broken)} of {len(sizes) + len(broken)}" + "".join(broken[:1])
 
 def inspect(groups, teachers, size, path):
@@ -934,9 +915,10 @@ def room_camera(rng, view):
     """Pose [4,4] (camera to world) of a look across the things from outside them; view 1 stands aside of view 0."""
     angle = rng.uniform(0, TAU) + view * rng.uniform(0.2, 0.45) * rng.choice([-1, 1])
     ranges = ((2.1, 2.5), (-1.7, -0.9), (-0.7, 0.7), (-1.1, -0.5), (-0.7, 0.7))
-    first, second = np.array([uniform(rng, *ranges) for _ in range(2)])
-    away, height = (first[:2] + second[:2]) / 2 if view else first[:2]
-    target = second[2:] if view else first[2:]
+    place, other = np.array([uniform(rng, *ranges) for _ in range(2)])
+    if view:
+        place = np.append((place[:2] + other[:2]) / 2, other[2:])
+    away, height, *target = place
     eye = np.array([away * math.sin(angle), height, away * math.cos(angle)])
     z = (target - eye) / np.linalg.norm(target - eye)
     x = np.cross([0, 1, 0], z) / math.hypot(z[0], z[2])
