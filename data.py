@@ -144,14 +144,11 @@ SOURCES = {"scenes:": Scenes}  # by how a spec begins; all others are Files
 
 @dataclass
 class Group:
-    """Sources that belong together: every group has an equal part of every batch.
-
-    teachers: names of the owners; generic: an owner's data shows everything there is, see --sharing own+generic.
-    """
+    """Sources that belong together: every group has an equal part of every batch."""
     name: str
     sources: list
-    teachers: tuple
-    generic: bool = False
+    teachers: tuple  # names of the owners
+    generic: bool = False  # an owner's data shows everything there is, see --sharing own+generic
 
     @property
     def count(self):
@@ -505,7 +502,7 @@ def batches(groups, image_size, batch, seed=0, rank=0, world=1, start_step=0, wo
         bad = []  # why images could not be read
         asked, lost = [], []  # the source of each image, and of each that another replaces
         for row in range(n):
-            position = step * batch + rank * n + row  # among all images ever; it belongs to group position % G
+            position = step * batch + rank * n + row  # among all images ever
             draw, g = divmod(position, len(groups))
             s, i = orders[g](draw)
             source = groups[g].sources[s]
