@@ -68,9 +68,6 @@ class Source:
         size: the side to which that box will be resized, 0 if unknown."""
         raise NotImplementedError
 
-    def name(self, i):
-        return f"{self.spec}, image {i}"
-
     def prepare(self, size):
         """Called before worker processes start that read at this size."""
 
@@ -91,9 +88,6 @@ class Files(Source):
             raise Oops(f"{spec} is neither a folder nor a .tar archive nor a .txt list of paths")
         self.index = open_index(root)
         self.count = len(self.index.images)
-
-    def name(self, i):
-        return self.index.find(i)[0]
 
     def read(self, i, size=0, crop=whole):
         path, archive, offset, length = self.index.find(i)
@@ -120,9 +114,6 @@ class Scenes(Source):
         self.kept = {}  # {size: images uint8 [count, size, size, 3]}
         if self.count < 1:
             raise Oops(f"{spec} holds no images: START must be less than STOP")
-
-    def name(self, i):
-        return f"scenes:{self.kind}:{self.start + i}"
 
     def prepare(self, size):
         """Draws a source of at most 192 MB once and for all; the worker processes then share it."""

@@ -95,8 +95,8 @@ def test_folder_tar_and_list_hold_the_same_images(tmp_path):
         assert all(np.array_equal(a, b) for a, b in itertools.zip_longest(pixels[0], other))
     assert (tmp_path / "x.dune-index").exists()
     assert not list(root.glob("*index*"))
-    assert sources[0].name(0) == sources[2].name(0) == str(names[0])
-    assert sources[1].name(0) == str(shards / "0.tar" / "inside" / names[0].name)
+    assert sources[0].index.find(0)[0] == sources[2].index.find(0)[0] == str(names[0])
+    assert sources[1].index.find(0)[0] == str(shards / "0.tar" / "inside" / names[0].name)
 
 def test_index_is_reused_and_noticed_when_stale(tmp_path, capfd):
     root = folder(tmp_path / "x", 4)
@@ -135,7 +135,7 @@ def test_a_foreign_or_damaged_index_is_written_again(tmp_path):
             try:
                 source.read(i)
             except Oops as error:
-                assert str(error).startswith(source.name(i))
+                assert str(error).startswith(source.index.find(i)[0])
     index.unlink()
     os.mkfifo(index)
     assert open_path(root).count == 4
@@ -180,14 +180,14 @@ def test_weights_turn_and_data_file(tmp_path):
     (tmp_path / "data.txt").write_text("\n".join(lines))
     groups = data.parse_data([str(tmp_path / "data.txt")], TWO)
     assert [(g.name, g.count, g.generic) for g in groups] == [("dinov2", 60, True), ("mast3r", 10, False)]
-    assert groups[1].sources[0].name(0) == "scenes:rooms:10"
+    assert groups[1].sources[0].start == 10
     order = data.Order(groups[0], 0)
     picks = np.array([order(n)[0] for n in range(3000)])
     assert abs((picks == 1).mean() - 1 / 3) < 0.03
     source = groups[0].sources[1]
     upright = open_path(b)
     for i, (image, plain) in enumerate(zip(read_all(source), read_all(upright))):
-        expect = np.rot90(plain, -1) if "class1" in source.name(i) else plain
+        expect = np.rot90(plain, -1) if "class1" in source.index.find(i)[0] else plain
         assert np.array_equal(image, expect)
     packed = open_path(f"{tar(tmp_path / 'b.tar', b)}@turn:class1")
     assert [image.shape for image in read_all(packed)] == [image.shape for image in read_all(source)]
@@ -206,7 +206,7 @@ def test_teacher_mask_and_default_scenes():
 
 def test_held_out_images_are_scenes_beyond_those_of_any_run(tmp_path):
     scenes = data.open_source("scenes:rooms:0-50").held_out(8)
-    assert (scenes.count, scenes.name(0)) == (8, f"scenes:rooms:{data.TEST_SCENES}")
+    assert (scenes.count, scenes.start) == (8, data.TEST_SCENES)
     files = open_path(folder(tmp_path / "x", 2))
     assert files.held_out(8) is files
 
@@ -433,7 +433,7 @@ def test_mutated_files_give_an_image_or_a_reason(tmp_path):
             picture, box = source.read(i, 28, lambda w, h: data.random_crop(w, h, rng, (0.4, 1)))
             outcome[names[i]] = data.crop_resize(picture, box, 28, 28).shape == (3, 28, 28)
         except Oops as error:
-            assert str(error).startswith(source.name(i) + ": ")
+            assert str(error).startswith(source.index.find(i)[0] + ": ")
             assert "\n" not in str(error)
             outcome[names[i]] = None
     assert set(outcome.values()) == {None, True}
