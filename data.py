@@ -3,9 +3,9 @@
     python data.py --data dinov2=/d/in19k,/d/gldv2@0.5 --data mast3r=/d/habitat.tar   # what is there? + a contact sheet
     python data.py --bench                                                            # images/s of each stage
 
-The file follows an image on its way: `parse_data` gives sources to teachers, `Order` decides when an image is drawn, a
-worker process makes it uint8 (`decode`, `crop_resize`), `batches` hands out balanced batches, `augment` colours them on
-the device. Then come the procedural scenes, and the index by which a source knows its files.
+The file follows an image on its way: `parse_data` gives sources to teachers, `Order` decides when an image is drawn,
+`decode` and `crop_resize` make it uint8, `batches` hands out balanced batches, `augment` colours them on the device.
+Then come the procedural scenes, and the index by which a source knows its files.
 """
 
 import array
@@ -34,21 +34,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.benchmark import Timer
+from torch.utils.data import DataLoader, get_worker_info
 
 import dune
 from dune import Oops, option
-
-try:
-    import fcntl
-except ImportError:  # Windows: processes that start together each build the index, which does no harm
-    fcntl = None
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 SHARING = ("all", "own", "own+generic")
 TEST_SCENES = 10**9  # seeds of procedural scenes from here on are never trained on
+CAN_FORK = "fork" in multiprocessing.get_all_start_methods()  # not on Windows: there the main process does all
 
 # ---- Sources ---------------------------------------------------------------------------------------------------------
 
@@ -66,13 +63,10 @@ class Source:
         self.spec, self.weight = spec, weight
 
     def read(self, i, size=0, crop=whole):
-        """Image i: (upright PIL RGB image, the box in it that crop(width, height) chose). Oops if it cannot be read.
+        """(image i as upright PIL RGB image, the box in it that crop(width, height) takes). Oops if it cannot be read.
 
         size: the side to which that box will be resized, 0 if unknown."""
         raise NotImplementedError
-
-    def name(self, i):
-        return f"{self.spec}, image {i}"
 
     def prepare(self, size):
         """Called before worker processes start that read at this size."""
@@ -89,17 +83,11 @@ class Files(Source):
         self.turn = turn
         root = os.path.realpath(spec)
         if not os.path.exists(root):
-            raise Oops(f"{spec} does not exist (a source is a folder, a .tar, a .txt list or scenes:NAME; "
-                       "behind it @turn:WORD, @WEIGHT)")
-        if not os.path.isdir(root):
-            if not root.endswith((".tar", ".txt")):
-                raise Oops(f"{spec} is neither a folder nor a .tar archive nor a .txt list of paths")
-            dune.regular(root)
+            raise Oops(f"{spec} does not exist (a source is a folder, a .tar, a .txt list or scenes:NAME)")
+        if not os.path.isdir(root) and not dune.regular(root).endswith((".tar", ".txt")):
+            raise Oops(f"{spec} is neither a folder nor a .tar archive nor a .txt list of paths")
         self.index = open_index(root)
         self.count = len(self.index.images)
-
-    def name(self, i):
-        return self.index.find(i)[0]
 
     def read(self, i, size=0, crop=whole):
         path, archive, offset, length = self.index.find(i)
@@ -123,23 +111,19 @@ class Scenes(Source):
         self.kind = parts[1]
         self.start = int(parts[2] or 0)
         self.count = int(parts[3] or TEST_SCENES) - self.start
-        self.kept = None
+        self.kept = {}  # {size: images uint8 [count, size, size, 3]}
         if self.count < 1:
             raise Oops(f"{spec} holds no images: START must be less than STOP")
 
-    def name(self, i):
-        return f"scenes:{self.kind}:{self.start + i}"
-
     def prepare(self, size):
         """Draws a source of at most 192 MB once and for all; the worker processes then share it."""
-        if 3 * self.count * size**2 <= 192e6 and (self.kept is None or self.kept.shape[1] != size):
+        if 3 * self.count * size**2 <= 192e6 and size not in self.kept:
             scenes = labelled_scenes(self.kind, self.start, self.count, size, keys=("image",))
-            self.kept = scenes["image"].permute(0, 2, 3, 1).numpy()
+            self.kept = {size: scenes["image"].permute(0, 2, 3, 1).numpy()}
 
     def read(self, i, size=0, crop=whole):
         size = size or 224
-        kept = self.kept is not None and self.kept.shape[1] == size
-        pixels = self.kept[i] if kept else SCENES[self.kind](self.start + i, size)["image"]
+        pixels = self.kept[size][i] if size in self.kept else SCENES[self.kind](self.start + i, size)["image"]
         return Image.fromarray(pixels), crop(size, size)
 
     def held_out(self, count):
@@ -151,14 +135,11 @@ SOURCES = {"scenes:": Scenes}  # by how a spec begins; all others are Files
 
 @dataclass
 class Group:
-    """Sources that belong together: every group has an equal part of every batch.
-
-    teachers: names of the owners; generic: an owner's data shows everything there is, see --sharing own+generic.
-    """
+    """Sources that belong together: every group has an equal part of every batch."""
     name: str
     sources: list
-    teachers: tuple
-    generic: bool = False
+    teachers: tuple  # names of the owners
+    generic: bool = False  # an owner's data shows everything there is, see --sharing own+generic
 
     @property
     def count(self):
@@ -184,10 +165,8 @@ def data_lines(spec):
     with open(spec, encoding="utf-8", errors="surrogateescape") as file:
         lines = filter(None, (re.sub(r"(^|\s)#.*", "", line).strip() for line in file))
         first = next(lines, "")
-        image = first.lower().endswith(SUFFIXES)
-        if not first.endswith((".tar", ".txt")):  # of a list; then an image may have any name
-            image = image or os.path.isfile(os.path.join(os.path.dirname(spec), first))
-        if image or not first:
+        file_there = os.path.isfile(os.path.join(os.path.dirname(spec), first))  # in a list, an image has any name
+        if first.lower().endswith(SUFFIXES) or file_there and not first.endswith((".tar", ".txt")) or not first:
             return [spec]
         lines = [first, *lines]
     if not "".join(lines).isprintable():
@@ -206,22 +185,20 @@ def parse_data(specs, teachers, seeds=""):
         owner, sources = re.fullmatch(r"(?:([\w.-]+)=)?(.*)", line).groups()
         if owner and owner not in teachers:
             raise Oops(f"--data names {owner}, which is not one of --teachers {','.join(teachers)}")
-        _, known = wanted.setdefault(owner or "shared", ([owner] if owner else list(teachers), []))
-        known += [source for source in sources.split(",") if source.strip()]
+        owners = [owner] if owner else list(teachers)
+        for spec in filter(str.strip, sources.split(",")):
+            wanted.setdefault(owner or "shared", (owners, []))[1].append(spec)
     if not specs:
         for name, row in teachers.items():
-            owners, _ = wanted.setdefault(row.domain, ([], [f"scenes:{row.domain}{seeds}"]))
-            owners.append(name)
-    provided = {name for owners, sources in wanted.values() if sources for name in owners}
+            wanted.setdefault(row.domain, ([], [f"scenes:{row.domain}{seeds}"]))[0].append(name)
+    provided = {name for owners, _ in wanted.values() for name in owners}
     poor = [name for name in teachers if name not in provided]
     if poor:
         raise Oops(f"--data has no images for {', '.join(poor)}: "
                    f"add --data {poor[0]}=PATH, or a PATH without a name for all teachers")
     groups = []
-    for name, (owners, sources) in wanted.items():
-        if not sources:
-            continue
-        sources = [open_source(spec) for spec in sources]
+    for name, (owners, specs) in wanted.items():
+        sources = [open_source(spec) for spec in specs]
         groups.append(Group(name, sources, tuple(owners), any(teachers[owner].generic for owner in owners)))
         endless = [source.spec for source in sources if source.count >= TEST_SCENES]
         if endless and len(sources) > 1:  # sources count by size: it would drown the others
@@ -292,8 +269,7 @@ MAX_PIXELS = 90_000_000  # more than this is never held in memory
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 TURN = Image.Transpose
 UPRIGHT = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE, 6: TURN.ROTATE_270,
-           7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}  # by EXIF orientation
-QUARTER_TURNS = (TURN.TRANSPOSE, TURN.ROTATE_270, TURN.TRANSVERSE, TURN.ROTATE_90)
+           7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}  # by EXIF orientation; from 5 on width and height change places
 Image.MAX_IMAGE_PIXELS = None  # `decode` has its own limit, which knows of reduced scale
 warnings.filterwarnings("ignore", module="PIL")
 
@@ -325,18 +301,14 @@ def decode(file, size=0, crop=whole, turn=False):
     pixels = image.width * image.height
     if pixels > MAX_PIXELS * (64 if jpeg and not image.info.get("progressive") else 1):
         raise Oops(f"{image.width} x {image.height} pixels are too many")
-    try:
-        orientation = image.getexif().get(0x0112, 1)
-    except Exception:  # broken EXIF in a whole picture
-        orientation = 1
+    orientation = 1
+    with contextlib.suppress(Exception):  # broken EXIF in a whole picture
+        orientation = image.getexif().get(0x0112)
     turns = [UPRIGHT[orientation]] if orientation in UPRIGHT else []
+    lying = len(turns) > 0 and orientation >= 5
     if turn:
         turns.append(TURN.ROTATE_270)
-    width, height = image.size
-    for step in turns:
-        if step in QUARTER_TURNS:
-            width, height = height, width
-
+    width, height = image.size if lying == turn else image.size[::-1]
     box = crop(width, height)
     short = min(box[2] - box[0], box[3] - box[1])
     shrink = 1
@@ -475,11 +447,8 @@ def colour(x, params):
         if len(rows) == 0:
             continue
         factor = beside(x, params[rows, 4 + op]).view(-1, 1, 1, 1)
-        if len(rows) == len(x):
-            x = OPS[op](x, factor)
-        else:
-            rows = beside(x, rows)
-            x.index_copy_(0, rows, OPS[op](x.index_select(0, rows), factor))
+        rows = beside(x, rows)
+        x.index_copy_(0, rows, OPS[op](x.index_select(0, rows), factor))
     return x
 
 def normalise(image):
@@ -498,70 +467,6 @@ def augment(image, params):
 
 # ---- Batches ---------------------------------------------------------------------------------------------------------
 
-@dataclass
-class Steps(Dataset):
-    """Step k -> this process's part of global batch k. Position p of all positions ever belongs to group p % G."""
-    groups: list
-    size: int
-    batch: int
-    seed: int
-    rank: int
-    world: int
-    scale: tuple
-    colour: float
-    train: bool
-
-    def __post_init__(self):
-        self.mine = range(self.rank * self.batch // self.world, (self.rank + 1) * self.batch // self.world)
-        self.orders = [Order(group, mix(self.seed, g), self.train) for g, group in enumerate(self.groups)]
-        self.sources = [source for group in self.groups for source in group.sources]
-        self.first = list(itertools.accumulate((len(group.sources) for group in self.groups), initial=0))
-        for source in self.sources:
-            source.prepare(self.size)
-
-    def __getitem__(self, step):
-        n = len(self.mine)
-        image = torch.empty(n, 3, self.size, self.size, dtype=torch.uint8)
-        if get_worker_info():
-            image.share_memory_()  # written where the main process reads it: no copy, no growing heap
-        params = torch.empty(n, len(NO_COLOUR))
-        group, source = torch.empty(2, n, dtype=torch.int64)
-        bad, lost = [], []  # why images could not be read; the source of each that was replaced
-        for row, place in enumerate(self.mine):
-            position = step * self.batch + place
-            g = position % len(self.groups)
-            s, i = self.orders[g](position // len(self.groups))
-            s += self.first[g]
-            rng = np.random.default_rng((self.seed, 2, position))
-            params[row] = torch.from_numpy(draw_colour(rng, self.colour if self.train else 0))
-            flip = self.train and rng.random() < 0.5
-            crop = functools.partial(random_crop, rng=rng, scale=self.scale) if self.train else centre
-            picture, reasons = read_near(self.sources[s], i, self.size, crop)
-            group[row], source[row] = g, s
-            if reasons:
-                bad += reasons
-                lost.append(s)
-            if picture is None:  # an exception would arrive as a page of text
-                return {"source": source[:row + 1], "lost": [s], "bad": bad}
-            pixels = crop_resize(*picture, self.size, self.size)
-            image[row] = pixels.flip(2) if flip else pixels
-        return {"image": image, "group": group, "params": params, "source": source, "lost": lost, "bad": bad}
-
-def read_near(source, i, size, crop):
-    """(what `read` gives of image i or of one after it, None if all fail; the reasons of those that failed)."""
-    reasons = []
-    for k in range(24):
-        try:  # the next one, then ever further: damage comes in runs
-            return source.read((i + (1 << k >> 1)) % source.count, size, crop), reasons
-        except Oops as error:
-            reasons.append(str(error))
-    return None, reasons
-
-def start_worker(_=None):
-    """A worker leaves signals to the main process, which may have handlers of its own for them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
 def batches(groups, image_size, batch, seed=0, rank=0, world=1, start_step=0, workers=4, scale=(0.4, 1.0), colour=1.0,
             train=True):
     """Endlessly, this process's part (b = batch / world images) of each global batch from `start_step` on.
@@ -573,61 +478,108 @@ def batches(groups, image_size, batch, seed=0, rank=0, world=1, start_step=0, wo
     """
     if batch % world:
         raise Oops(f"the global batch {batch} cannot be divided among {world} processes: choose a multiple of {world}")
-    return stream(Steps(groups, image_size, batch, seed, rank, world, scale, colour, train), start_step, workers)
+    orders = [Order(group, mix(seed, g), train) for g, group in enumerate(groups)]
+    for group in groups:
+        for source in group.sources:
+            source.prepare(image_size)
 
-def stream(steps, step, workers):
-    """The batches of `batches`, made by worker processes; begins anew where it was if one of them is killed."""
-    reads, bad = collections.Counter(), collections.Counter()
+    def make(step):
+        n = batch // world
+        image = torch.empty(n, 3, image_size, image_size, dtype=torch.uint8)
+        if get_worker_info():
+            image.share_memory_()  # written where the main process reads it: no copy, no growing heap
+        params = torch.empty(n, len(NO_COLOUR))
+        group = torch.empty(n, dtype=torch.int64)
+        bad = []  # why images could not be read
+        asked, lost = [], []  # the source of each image, and of each that another replaces
+        for row in range(n):
+            position = step * batch + rank * n + row  # among all images ever
+            draw, g = divmod(position, len(groups))
+            s, i = orders[g](draw)
+            source = groups[g].sources[s]
+            rng = np.random.default_rng((seed, 2, position))
+            params[row] = torch.from_numpy(draw_colour(rng, colour if train else 0))
+            flip = train and rng.random() < 0.5
+            crop = functools.partial(random_crop, rng=rng, scale=scale) if train else centre
+            picture, reasons = read_near(source, i, image_size, crop)
+            pixels = crop_resize(*picture, image_size, image_size)
+            image[row] = pixels.flip(2) if flip else pixels
+            group[row] = g
+            bad += reasons
+            asked.append(source.spec)
+            if reasons:
+                lost.append(source.spec)
+        return {"image": image, "group": group, "params": params, "bad": bad, "asked": asked, "lost": lost}
+
+    return stream(make, start_step, workers)
+
+def stream(make, step, workers):
+    """make(step), make(step + 1), … by worker processes; begins anew where it was if one of them is killed."""
+    asked, lost = collections.Counter(), collections.Counter()  # images by source
     deaths = 0
-    options = {"pin_memory": torch.cuda.is_available()}
-    if workers and "fork" in multiprocessing.get_all_start_methods():  # Windows has none: there the main process reads
+    options = {"collate_fn": make, "pin_memory": torch.cuda.is_available()}
+    if workers and CAN_FORK:
         options |= {"num_workers": workers, "multiprocessing_context": "fork", "worker_init_fn": start_worker}
     while True:
-        handler = signal.getsignal(signal.SIGCHLD)
-        if getattr(handler, "__module__", "").startswith("torch."):  # another DataLoader's
-            handler = signal.SIG_DFL
-        items = iter(DataLoader(steps, None, sampler=itertools.count(step), **options))
-        with contextlib.suppress(ValueError):  # torch's would raise in the middle of the main thread's work
-            signal.signal(signal.SIGCHLD, handler)
+        items = iter(DataLoader(range(sys.maxsize), None, sampler=itertools.count(step), **options))
+        with contextlib.suppress(ValueError):  # torch's handler would raise in the middle of the main thread's work
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
             for item in items:
-                lost = item.pop("lost")
-                reads.update(item.pop("source").tolist())
-                bad.update(lost)
-                for s in lost:
-                    if "image" not in item or bad[s] > 10 and bad[s] > reads[s] / 10:
-                        raise Oops(f"{steps.sources[s].spec}: {bad[s]} of {reads[s]} images could not be read, "
-                                   f"more than one in ten; the last: {item['bad'][-1]}")
+                asked.update(item.pop("asked"))
+                lost.update(item.pop("lost"))
+                for spec, n in lost.items():
+                    if n > max(10, asked[spec] / 10):
+                        raise Oops(f"{spec}: {n} of {asked[spec]} images could not be read, more than one in ten; "
+                                   f"the last: {item['bad'][-1]}")
                 yield item
                 step += 1
                 deaths = 0
+        except Oops as error:  # a worker's comes with its traceback
+            raise Oops(str(error).rpartition("Oops: ")[2].strip()) from None
         except (RuntimeError, OSError, EOFError) as error:  # a killed worker breaks the pipe, or DataLoader misses it
             if not workers or "Caught" in str(error):  # an error of our own in a worker
                 raise
             deaths += 1
             if deaths > 3:
-                raise Oops("loading processes keep dying: take fewer --workers, or /dev/shm is too small") from None
+                raise Oops("loading processes keep dying: take fewer --workers, or a larger /dev/shm") from None
             print(f"data: a loading process died, starting again at step {step} ({reason(error)})", file=sys.stderr)
         del items
 
+def read_near(source, i, size, crop):
+    """(what `read` gives of image i or of one after it, the reasons of those that failed). Oops if 24 fail."""
+    reasons = []
+    for k in range(24):
+        try:  # the next one, then ever further: damage comes in runs
+            return source.read((i + (1 << k >> 1)) % source.count, size, crop), reasons
+        except Oops as error:
+            reasons.append(str(error))
+    raise Oops(f"{source.spec}: {len(reasons)} images at a stretch could not be read; the last: {reasons[-1]}")
+
+def start_worker(_=None):
+    """A worker leaves signals to the main process, which may have handlers of its own for them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
 # ---- Pictures --------------------------------------------------------------------------------------------------------
 
-def contact_sheet(rows, path, columns=(), cell=None, gap=6):
+GAP = 6  # pixels between pictures
+
+def contact_sheet(rows, path, columns=(), cell=None):
     """Writes pictures in a grid as PNG, on white.
 
     rows: lists of uint8 arrays or tensors, [3,h,w] or [h,w,3]; columns: captions; cell: longest side to which each
     picture is scaled (as it is, if None). Oops if the file cannot be written.
     """
     with dune.writing(path) as file:
-        draw_sheet(rows, columns, cell, gap).save(file, "PNG", optimize=True)
+        draw_sheet(rows, columns, cell).save(file, "PNG", optimize=True)
 
-def draw_sheet(rows, columns=(), cell=None, gap=6):
+def draw_sheet(rows, columns, cell):
     def picture(x):
         x = np.asarray(x)
         image = Image.fromarray(np.ascontiguousarray(x.transpose(1, 2, 0) if x.shape[0] == 3 else x))
-        k = cell / max(image.size) if cell else 1
-        how = Image.Resampling.LANCZOS if k < 1 else Image.Resampling.BICUBIC
-        return image.resize([max(1, round(side * k)) for side in image.size], how)
+        scale = cell / max(image.size) if cell else 1
+        return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
 
     rows = [[picture(x) for x in row] for row in rows]
     font = ImageFont.load_default(size=14)
@@ -635,9 +587,9 @@ def draw_sheet(rows, columns=(), cell=None, gap=6):
     widths = [max(image.width for image in column if image) for column in itertools.zip_longest(*rows)]
     for c, text in enumerate(columns):
         widths[c] = max(widths[c], *(math.ceil(font.getlength(line)) for line in text.split("\n")))
-    top = gap + 18 * max((text.count("\n") + 1 for text in columns), default=0)
-    xs = list(itertools.accumulate((width + gap for width in widths), initial=gap))
-    ys = list(itertools.accumulate((height + gap for height in heights), initial=top))
+    top = GAP + 18 * max((text.count("\n") + 1 for text in columns), default=0)
+    xs = list(itertools.accumulate((width + GAP for width in widths), initial=GAP))
+    ys = list(itertools.accumulate((height + GAP for height in heights), initial=top))
     sheet = Image.new("RGB", (xs[-1], ys[-1]), "white")
     for x, width, text in zip(xs, widths, columns):
         place = (x + width / 2, top - 4)
@@ -648,7 +600,7 @@ def draw_sheet(rows, columns=(), cell=None, gap=6):
     return sheet
 
 def survey(source):
-    """One line about a source: how many images, odd sizes, and how many of a sample cannot be read."""
+    """One line about a source: how many images, and from a sample their sizes and how many cannot be read."""
     sizes, broken = [], []
     for k in range(min(source.count, 100)):
         try:
@@ -657,9 +609,8 @@ def survey(source):
             broken.append(f", such as {error}")
     line = f"{source.count:,} images, "
     if sizes:
-        longest = max(sizes, key=lambda size: max(size) / min(size))
-        for what, (w, h) in (("smallest", min(sizes, key=min)), ("largest", max(sizes, key=max)), ("longest", longest)):
-            line += f"{what} {w}x{h}, "
+        (w, h), (wide, high) = min(sizes, key=min), max(sizes, key=max)
+        line += f"smallest {w}x{h}, largest {wide}x{high}, "
     return line + f"unreadable {len(broken)} of {len(sizes) + len(broken)}" + "".join(broken[:1])
 
 def inspect(groups, teachers, size, path):
@@ -677,8 +628,6 @@ def inspect(groups, teachers, size, path):
         seen = seen * constant(IMAGENET_STD, seen.device) + constant(IMAGENET_MEAN, seen.device)
         rows = (seen * 255).round().to(torch.uint8).split(len(groups))  # position p is of group p % G
         draw_sheet(rows, [group.name for group in groups], min(size, 168)).save(file, "PNG")
-    parts = [str(len(range(g, 128, len(groups)))) for g in range(len(groups))]
-    print(f"a batch of 128 holds {' + '.join(parts)} images of them; who has one more, rotates")
     print(f"wrote {path}: samples as the networks see them")
 
 # ---- The procedural scenes -------------------------------------------------------------------------------------------
@@ -954,9 +903,10 @@ def room_camera(rng, view):
     """Pose [4,4] (camera to world) of a look across the things from outside them; view 1 stands aside of view 0."""
     angle = rng.uniform(0, TAU) + view * rng.uniform(0.2, 0.45) * rng.choice([-1, 1])
     ranges = ((2.1, 2.5), (-1.7, -0.9), (-0.7, 0.7), (-1.1, -0.5), (-0.7, 0.7))
-    first, second = np.array([uniform(rng, *ranges) for _ in range(2)])
-    away, height = (first[:2] + second[:2]) / 2 if view else first[:2]
-    target = second[2:] if view else first[2:]
+    place, other = np.array([uniform(rng, *ranges) for _ in range(2)])
+    if view:
+        place = np.append((place[:2] + other[:2]) / 2, other[2:])
+    away, height, *target = place
     eye = np.array([away * math.sin(angle), height, away * math.cos(angle)])
     z = (target - eye) / np.linalg.norm(target - eye)
     x = np.cross([0, 1, 0], z) / math.hypot(z[0], z[2])
@@ -975,9 +925,8 @@ def material(rng, code, hue):
     period = rng.uniform(0.2, 0.45)
     return pattern, period, hsv(hue, saturation, value)[..., 0], hsv(hue + shift, saturation, value * darker)[..., 0]
 
-def cast(solids, rotation, eye, focal, rays):
-    """Depth [S,S] along the rays [3,S,S] from the camera, and the surface that each meets, int8 [S,S]: 0..3 the room's,
-    4.. those of solids[1:]."""
+def cast(solids, eye, rays):
+    """Depth [S,S] along rays [3,S,S], and which surface each meets, int8 [S,S]: 0..3 the room's, 4.. solids[1:]."""
     room = solids[0]
     o = room.inside(eye)[..., None]
     d = rays / room.half[..., None]
@@ -985,17 +934,11 @@ def cast(solids, rotation, eye, focal, rays):
     q = o + d * depth
     which = largest(q)
     which[(which == 1) & (q[1] < 0)] = 3  # the ceiling
-    corners = np.array(list(itertools.product((-1, 1), repeat=3)), np.float32)
     for code, solid in enumerate(solids[1:], 4):
-        seen = (corners * solid.half.T @ (solid.m * solid.half) + solid.centre.T - eye.T) @ rotation
-        where = np.s_[:, :, :]
-        if seen[:, 2].min() > 0.05:  # in front of the camera: only the pixels near it
-            flat = seen[:, :2] / np.maximum(seen[:, 2:], 0.05) * focal + 0.5
-            where = window(rays.shape[1], *flat.min(0).tolist(), *flat.max(0).tolist())
-        enter, leave = solid.interval(solid.inside(eye), np.tensordot(solid.m, rays[where], 1))
-        hit = (enter < leave) & (enter > 0) & (enter < depth[where[1:]])
-        depth[where[1:]][hit] = enter[hit]
-        which[where[1:]][hit] = code
+        enter, leave = solid.interval(solid.inside(eye), np.tensordot(solid.m, rays, 1))
+        hit = (enter < leave) & (enter > 0) & (enter < depth)
+        depth[hit] = enter[hit]
+        which[hit] = code
     return depth, which
 
 def smooth_seams(img, which):
@@ -1023,7 +966,7 @@ def rooms(seed, size=112, view=0):
     right, down, forward = rotation.T[..., None, None]
     rays = right * ((x - 0.5) / focal) + down * ((y - 0.5) / focal) + forward
     rays[np.abs(rays) < 1e-6] = 1e-6  # a ray's parameter is its z-depth
-    depth, which = cast(solids, rotation, eye, focal, rays)
+    depth, which = cast(solids, eye, rays)
 
     points = (eye[..., None] + rays * depth).reshape(3, -1)
     normals, img = np.empty_like(points), np.empty_like(points)
@@ -1209,23 +1152,22 @@ def people(seed, size=112):
 
 SCENES = {"objects": objects, "rooms": rooms, "people": people}
 
-def draw_scenes(kind, size, keys, options, seeds):
-    scenes = [SCENES[kind](seed, size, **options) for seed in seeds]
-    return [{key: scene[key] for key in keys or scene} for scene in scenes]
+def draw_scene(kind, size, keys, options, seed):
+    scene = SCENES[kind](seed, size, **options)
+    return {key: scene[key] for key in keys or scene}
 
 def labelled_scenes(kind, start, count, size=112, keys=(), **options):
     """`count` scenes, drawn by all cores, as tensors [count, ...]: "image" uint8 [count,3,size,size] and what else
     SCENES[kind] gives (people: room for three, "visible" false where there is none), or `keys` alone.
 
     options: view=1 for rooms."""
-    draw = functools.partial(draw_scenes, kind, size, keys, options)
-    parts = [range(first, min(first + 16, start + count)) for first in range(start, start + count, 16)]
-    if count < 64 or "fork" not in multiprocessing.get_all_start_methods():
-        parts = list(map(draw, parts))
-    else:
+    draw = functools.partial(draw_scene, kind, size, keys, options)
+    seeds = range(start, start + count)
+    if count >= 64 and CAN_FORK:
         with ProcessPoolExecutor(cores(), multiprocessing.get_context("fork"), start_worker) as pool:
-            parts = list(pool.map(draw, parts))
-    scenes = list(itertools.chain.from_iterable(parts))
+            scenes = list(pool.map(draw, seeds, chunksize=16))
+    else:
+        scenes = list(map(draw, seeds))
     out = {key: [scene[key] for scene in scenes] for key in scenes[0]}
     for key in {"joints2d", "joints3d", "visible"} & set(out):
         out[key] = [np.concatenate([v, np.zeros_like(v), np.zeros_like(v)])[:3] for v in out[key]]
@@ -1239,26 +1181,28 @@ def cores():
 
 # ---- Index: twenty million paths in one file that all processes share ------------------------------------------------
 # A source is a set of containers (folders, tar archives, or a list), each with its images: (name, offset, length), both
-# 0 unless it lies in an archive. Paths in the file are relative to the source's folder.
+# 0 unless it lies in an archive. A container's path begins with the source's, an image's with its container's (in a
+# list: its folder's); the file keeps only what follows.
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 
 class Index:
-    """The images of one source, as `write_index` wrote them, memory-mapped: paths live in the page cache, once.
+    """The images of one source, as `write_index` wrote them, memory-mapped: names live in the page cache, once.
 
     The file: int64 [version, containers C, images N, bytes of the containers' paths], marks [C,3] (first image, stamp),
-    images [N,3] (where its path ends, offset, length), the containers' paths between zeros, all images' paths.
+    images [N,3] (where its name ends, offset, length), the containers' paths between zeros, all images' names.
     """
 
     def __init__(self, place, root):
-        self.place, self.base = place, base_of(root)
+        self.place = place
+        self.folder = os.path.dirname(root) if is_list(root) else None
         raw = np.memmap(dune.regular(place), np.uint8, "r")
         version, containers, images, length = raw[:32].view(np.int64).tolist()
-        _, *tables, names, self.paths = np.split(raw, np.cumsum([32, 24 * containers, 24 * images, length]))
+        _, *tables, paths, self.names = np.split(raw, np.cumsum([32, 24 * containers, 24 * images, length]))
         self.marks, self.images = (table.view(np.int64).reshape(-1, 3) for table in tables)
-        self.containers = [os.path.join(self.base, os.fsdecode(name)) for name in names.tobytes().split(b"\0")]
+        self.containers = [root + os.fsdecode(path) for path in paths.tobytes().split(b"\0")]
         found = (INDEX_VERSION, len(self.marks), len(self.images), len(self.containers))
-        if found != (version, containers, images, containers) or self.images[-1:, 0].tolist() != [len(self.paths)]:
+        if found != (version, containers, images, containers) or self.images[-1:, 0].tolist() != [len(self.names)]:
             raise ValueError("an index of another version, or cut short")
 
     def fits(self):
@@ -1270,8 +1214,8 @@ class Index:
         """(path of image i, the archive in which it lies or None, its offset and length there)."""
         begin = self.images[i - 1, 0] if i else 0
         end, offset, length = self.images[i].tolist()
-        path = os.path.join(self.base, os.fsdecode(self.paths[begin:end].tobytes()))
         container = self.containers[np.searchsorted(self.marks[:, 0], i, "right") - 1]
+        path = os.path.join(self.folder or container, os.fsdecode(self.names[begin:end].tobytes()))
         return path, container if offset else None, offset, length
 
 def stamp(path):
@@ -1299,29 +1243,30 @@ def tar_images(path):
 
 def list_images(path):
     """(name, 0, 0) of each line of a text file of paths. Oops if one is no text, or does not exist."""
-    images, missing = [], []
+    names = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             name = os.fsdecode(line.strip())
             if not name.isprintable():
                 raise Oops(f"{path}: line {number} is no path in UTF-8; a list has one a line")
             if name and name[0] != "#":
-                images.append((name, 0, 0))
-                if not os.path.exists(os.path.join(os.path.dirname(path), name)):
-                    missing.append(name)
+                names.append(name)
+    missing = [name for name in names if not os.path.exists(os.path.join(os.path.dirname(path), name))]
     if missing:
         first = ", ".join(missing[:3])
-        raise Oops(f"{path}: {len(missing):,} of its {len(images):,} paths do not exist, first {first}")
-    return images
+        raise Oops(f"{path}: {len(missing):,} of its {len(names):,} paths do not exist, first {first}")
+    return [(name, 0, 0) for name in names]
+
+def is_list(root):
+    return root.endswith(".txt") and os.path.isfile(root)
 
 def is_image(name):
     return name.lower().endswith(SUFFIXES) and name[0] != "."
 
 def scan(root):
-    """Walks a source and yields (a container, what precedes its images' names, its images), sorted by names."""
+    """Walks a source and yields (path of a container, its images), sorted by names."""
     if os.path.isfile(root):
-        tar = root.endswith(".tar")
-        yield root, f"{os.path.basename(root)}/" if tar else "", tar_images(root) if tar else list_images(root)
+        yield root, list_images(root) if is_list(root) else tar_images(root)
         return
     seen = set()  # links may form circles
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=leave_out):
@@ -1331,11 +1276,10 @@ def scan(root):
             continue
         seen.add((info.st_dev, info.st_ino))
         subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
-        prefix = os.path.join(folder, "")[len(root):].lstrip("/")
-        yield folder, prefix, ((name, 0, 0) for name in sorted(files) if is_image(name))
-        for name in sorted(files):
-            if name.endswith(".tar") and name[0] != ".":
-                yield os.path.join(folder, name), f"{prefix}{name}/", tar_images(os.path.join(folder, name))
+        files.sort()
+        yield folder, ((name, 0, 0) for name in files if is_image(name))
+        for path in (os.path.join(folder, name) for name in files if name.endswith(".tar") and name[0] != "."):
+            yield path, tar_images(path)
 
 def leave_out(error):
     print(f"data: left out {error.filename}: {error.strerror}", file=sys.stderr)
@@ -1345,30 +1289,28 @@ def write_index(place, root, containers):
     print(f"data: indexing {root}, once", file=sys.stderr)
     begun = time.time_ns()
     marks, images = array.array("q"), array.array("q")
-    names, paths = [], bytearray()
-    for container, prefix, found in containers:
+    paths, names = [], bytearray()
+    for container, found in containers:
         mark = stamp(container)
         marks.append(len(images) // 3)
         marks.extend(mark if mark[0] < begun else [0, 0])  # changed while we looked: look again next time
-        names.append(os.fsencode(os.path.relpath(container, base_of(root))))
+        paths.append(os.fsencode(container[len(root):]))
         for name, offset, length in found:
-            paths += os.fsencode(prefix + name)
-            images.extend((len(paths), offset, length))
+            names += os.fsencode(name)
+            images.extend((len(names), offset, length))
     count = len(images) // 3
     if not count:
-        raise Oops(f"{root} holds no images (no {' '.join(SUFFIXES)} in {len(names)} folders, archives or lists)")
-    head = array.array("q", [INDEX_VERSION, len(names), count, len(b"\0".join(names))])
+        raise Oops(f"{root} holds no images (no {' '.join(SUFFIXES)} in {len(paths)} folders, archives or lists)")
+    paths = b"\0".join(paths)
+    head = array.array("q", [INDEX_VERSION, len(marks) // 3, count, len(paths)])
     mine = f"{place}.{os.urandom(6).hex()}"  # other machines may be at it too
     with dune.writing(mine) as file:
-        for part in (head, marks, images, b"\0".join(names), paths):
+        for part in (head, marks, images, paths, names):
             file.write(part)
     os.replace(mine, place)
     seconds = (time.time_ns() - begun) / 1e9
     print(f"data: indexed {count:,} images, {seconds:.1f} s, kept as {place}", file=sys.stderr)
     return Index(place, root)
-
-def base_of(root):
-    return root if os.path.isdir(root) else os.path.dirname(root)
 
 def cache_folder():
     """Where indexes of sources that cannot be written beside, and the tiny specialists, are kept."""
@@ -1383,7 +1325,8 @@ def open_index(root):
         return index
     lock = os.open(root, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError, AttributeError):  # of this machine's processes one writes, the others wait
+        with contextlib.suppress(OSError, ImportError):  # of this machine's processes one writes, the others wait
+            import fcntl  # not on Windows
             fcntl.flock(lock, fcntl.LOCK_EX)
         return fitting_index(places, root) or write_index(writable(places), root, scan(root))
     finally:
@@ -1411,38 +1354,30 @@ def writable(places):
 
 def bench(size, seconds=2.0):
     """Prints images/s on one core, from 500x375 JPEGs, of each stage and of all together."""
-    torch.set_num_threads(1)
     device = dune.pick_device("auto")
-    files, params = [], torch.empty(24, len(NO_COLOUR))
-    for seed, kind in zip(range(24), itertools.cycle(SCENES)):
-        rng = np.random.default_rng(seed)
-        scene = Image.fromarray(SCENES[kind](seed, 256)["image"]).resize((500, 375), Image.Resampling.BICUBIC)
-        scene = np.asarray(scene) + rng.normal(0, 7, (375, 500, 1))  # without grain they decode faster than photographs
+    rng = np.random.default_rng(0)
+    files = []
+    for seed in range(24):
+        scene = SCENES["rooms"](seed, 500)["image"][:375] + rng.normal(0, 7, (375, 500, 1))  # with grain
         files.append(io.BytesIO())
         Image.fromarray(scene.clip(0, 255).astype(np.uint8)).save(files[-1], "JPEG", quality=90)
-        params[seed] = torch.from_numpy(draw_colour(rng))
+    params = torch.stack([torch.from_numpy(draw_colour(rng)) for _ in files])
     crop = functools.partial(random_crop, rng=rng, scale=(0.4, 1.0))
 
-    def worker(i):
-        return crop_resize(*decode(files[i], size, crop), size, size)
+    def load():
+        return torch.stack([crop_resize(*decode(file, size, crop), size, size) for file in files])
 
-    def measure(name, work, count=1):
-        work(0)
-        begun, n = time.perf_counter(), 0
-        while time.perf_counter() - begun < seconds or n < 24:
-            work(n % 24)
-            n += 1
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        spent = (time.perf_counter() - begun) / n / count
-        print(f"{name:44}{1 / spent:9,.0f} images/s {spent * 1e3:8.2f} ms")
-
-    images = torch.stack([worker(i) for i in range(24)]).to(device)
+    images = load().to(device)
     print(f"500x375 JPEG -> {size} px, one core; colour on {device}")
-    measure("decode", lambda i: decode(files[i]))
-    measure("decode, crop, resize to uint8 (a worker)", worker)
-    measure("colour and normalise, batched", lambda i: augment(images, params), 24)
-    measure("all of it", lambda i: augment(worker(i)[None].to(device), params[i:i + 1]))
+    for name, work in {
+        "decode": lambda: [decode(file) for file in files],
+        "decode, crop, resize to uint8 (a worker)": load,
+        "colour and normalise": lambda: augment(images, params),
+        "all of it": lambda: augment(load().to(device), params),
+    }.items():
+        timer = Timer("work()", globals={"work": work})  # waits for the GPU, and takes one thread
+        spent = timer.blocked_autorange(min_run_time=seconds).median / len(files)
+        print(f"{name:44}{1 / spent:9,.0f} images/s {spent * 1e3:8.2f} ms")
 
 OPTIONS = {
     "data": option([], "teacher=source,source… or sources for all, or a file of such lines"),

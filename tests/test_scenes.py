@@ -111,12 +111,12 @@ def test_people_are_drawn_where_their_joints_are(monkeypatch):
 def test_a_small_source_is_drawn_once_and_stays_what_it_was():
     source, fresh = (data.Scenes("scenes:people:7-80") for _ in range(2))
     source.prepare(56)
-    assert source.kept.shape == (73, 56, 56, 3)
+    assert source.kept[56].shape == (73, 56, 56, 3)
     for i, size in ((0, 56), (72, 56), (5, 84)):  # another size is drawn as ever
         assert np.array_equal(source.read(i, size)[0], fresh.read(i, size)[0])
     endless = data.Scenes("scenes:people")
     endless.prepare(56)
-    assert endless.kept is None
+    assert not endless.kept
 
 def test_labelled_scenes_are_the_scenes_as_tensors():
     batch = data.labelled_scenes("people", 5, 70, 56)  # so many that several processes draw
