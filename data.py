@@ -447,6 +447,9 @@ def colour(x, params):
         if len(rows) == 0:
             continue
         factor = beside(x, params[rows, 4 + op]).view(-1, 1, 1, 1)
+        if len(rows) == len(x):
+            x = OPS[op](x, factor)
+            continue
         rows = beside(x, rows)
         x.index_copy_(0, rows, OPS[op](x.index_select(0, rows), factor))
     return x
