@@ -716,8 +716,9 @@ def writing(path, mode="wb"):
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(part)
-        if isinstance(error, OSError) or "PytorchStreamWriter" in str(error):  # what torch makes of a full disk
-            raise Oops(f"cannot write {path}: {getattr(error, 'strerror', None) or 'is the disk full?'}") from None
+        reason = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides what the disk says
+        if isinstance(reason, OSError):
+            raise Oops(f"cannot write {path}: {reason.strerror or reason}") from None
         raise
 
 class Parser(argparse.ArgumentParser):
