@@ -18,6 +18,7 @@ import os
 import re
 import stat
 import sys
+import warnings
 import zipfile
 
 import torch
@@ -627,7 +628,8 @@ def read_checkpoint(path):
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip() or any(item.compress_type for item in archive.infolist()):
                     raise ValueError("checksum")
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols: what it cannot read is told below
             content = torch.load(path, map_location="cpu", weights_only=True)
         if not all(map(is_plain, tensors_in(content))):
             raise Oops(f"cannot read {path}: it holds a tensor that is sparse, quantised, or larger than its bytes")
@@ -775,6 +777,8 @@ def fast_bf16(device):
 def run(main):
     """Run a script's main(). What a person or a machine did wrong is one line on stderr and exit code 2, Ctrl-C is 130;
     an unexpected exception is a defect of ours, and looks like one."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None: closed, as by >&-
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that has no ± shows a ?
     try:

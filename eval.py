@@ -57,7 +57,8 @@ def held_out_losses(model, teachers, images, grid, chunk=16, running=False):
         norm = model.teacher_norms[t]
         statistics = {kind: norm.statistics(kind) for kind in norm.normalizers}
         for kind in () if running else statistics:
-            std, mean = torch.std_mean(features[kind].flatten(0, -2), 0)
+            tokens = features[kind].flatten(0, -2)
+            std, mean = torch.std_mean(tokens, 0, correction=min(1, len(tokens) - 1))  # one image has one class token
             statistics[kind] = mean, std.clamp(min=1e-3)
         loss, values = dune.image_losses(joined([part[t] for part in student]), features, statistics)
         result[t] = {name: value.mean().item() for name, value in {**values, "loss": loss}.items()}
