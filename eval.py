@@ -1388,6 +1388,11 @@ def subject(args, every_teacher=True):
         raise Oops("say what to look at: --run FOLDER or --checkpoint FILE (with --through TEACHER if you like), "
                    "--teacher NAME, or both")
     teachers = {t: zoo.load_teacher(t, weights.get(t), args.device) for t in names}
+    for t in teachers.keys() & (model.projectors.keys() if model else ()):
+        learned = model.teacher_norms[t].normalizers["patch"].mean.numel()
+        if teachers[t].dim != learned:
+            raise Oops(f"{weights.get(t, t)} has features of {teachers[t].dim} channels; the student learned from a "
+                       f"{t} with {learned}: is it the right file?")
     patch = (model.encoder if model else teachers[names[0]]).patch_size
     size = args.image_size or size
     if size < patch or size % patch:
@@ -1760,7 +1765,9 @@ def teachers_of(lines):
 
 def output(args, suffix):
     """Where a command writes: --out, or beside the run, or here, under the command's name."""
-    stem = re.sub(r"\.(png|json|ply|pt)$", "", args.out) if args.out else os.path.join(args.run or ".", args.command)
+    stem = re.sub(r"\.(png|json|ply|pt)$", "", args.out or "")
+    if not stem or stem.endswith("/"):
+        stem = os.path.join(stem or args.run or ".", args.command)
     return stem + suffix
 
 def check_places(args):

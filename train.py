@@ -577,9 +577,12 @@ def save(path, content, keep=1, milestone=None):
     with dune.writing(path) as file:
         torch.save(content, file)
         file.flush()
-        with zipfile.ZipFile(file.name) as written:
-            if written.testzip():
-                raise OSError(0, "what was written does not read back")
+        try:
+            whole = zipfile.ZipFile(file.name).testzip() is None
+        except (EOFError, zipfile.BadZipFile):
+            whole = False
+        if not whole:
+            raise OSError(0, "what was written does not read back; does another run write there, too?")
     stem = path.removesuffix(".pt")
     names = [f"{stem}-{content['step']:08d}.pt"] if keep > 1 else []
     if milestone:
@@ -600,9 +603,12 @@ class Processes:
     """This process's place among those that torchrun started (or alone), its device, what they say to each other."""
 
     def __init__(self, device="auto"):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.local = int(os.environ.get("LOCAL_RANK", 0))
+        places = ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")
+        words = [os.environ.get(name, default) for name, default in places]
+        alone = "RANK" not in os.environ
+        if not all(map(str.isdecimal, words)) or int(words[0]) >= int(words[1]) or alone and words[1] != "1":
+            raise misplaced()
+        self.rank, self.world, self.local = map(int, words)
         self.device = dune.pick_device(device, self.local)
         self.cores = data.cores() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.signalled = 0
@@ -681,7 +687,10 @@ def fresh_store(rank):
     signs in under a new name, the first one publishes the list of names until everybody has found itself in it, and its
     own name is the prefix.
     """
-    store, _, world = next(dist.rendezvous("env://"))
+    try:
+        store, _, world = next(dist.rendezvous("env://"))
+    except ValueError:
+        raise misplaced() from None
     name = os.urandom(8).hex()
     store.set(f"name/{rank}", name)
     while True:
@@ -694,6 +703,11 @@ def fresh_store(rank):
             if rank or store.check([f"{team[0]} has met {other}" for other in team]):
                 return dist.PrefixStore(team[0], store)
         time.sleep(0.05)
+
+def misplaced():
+    os.environ.pop("RANK", None)  # else a rank other than 0 keeps silent
+    return Oops("RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT in the environment do not fit together: start "
+                "with torchrun, which sets them, or unset them")
 
 def average_in_bf16(_, bucket):
     """A communication hook of DDP: half the bytes. (torch's own refuses gloo, so the CPU could not test it.)"""

@@ -239,6 +239,16 @@ def test_help_of_every_command(capsys):
         assert leaving.value.code == 0 and "usage:" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("environment", ["WORLD_SIZE=2", "RANK=x", "RANK=0", "RANK=5 WORLD_SIZE=2", "WORLD_SIZE=0",
+                                         "RANK=0 MASTER_ADDR=localhost MASTER_PORT=abc"])
+def test_a_place_among_processes_that_is_none(environment, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for pair in environment.split():
+        monkeypatch.setenv(*pair.split("="))
+    assert "start with torchrun" in one_line(lambda: train.main(["--device", "cpu"]))
+
+
 # ---- Our own files
 
 @pytest.fixture(scope="module")
