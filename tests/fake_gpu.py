@@ -38,7 +38,7 @@ class FakeNumbers(FakeTensorMode):
         return self
 
 class Host(TorchDispatchMode):
-    """What the host may do: while `strict` nothing that waits for the device; else what it reads is ones and zeros."""
+    """What the host may do: while `strict` nothing that waits for the device; else what it reads is made up."""
     strict = False
 
     @contextlib.contextmanager
@@ -54,6 +54,8 @@ class Host(TorchDispatchMode):
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             if self.strict:
                 raise Waits(f"{function} needs values") from error
+            if function is torch.ops.aten._local_scalar_dense.default:
+                return 1.0 if args[0].dtype.is_floating_point else 1
             return invented(function, args, kwargs)
         if self.strict and copies_and_waits(args, kwargs, result):
             raise Waits(f"{function} waits for its copy")
@@ -71,10 +73,7 @@ def made_up(x):
     return torch.full(x.shape, one, dtype=x.dtype)
 
 def invented(function, args, kwargs):
-    """The function's result for made-up numbers; a single number that is read is 1."""
-    if function is torch.ops.aten._local_scalar_dense.default:
-        return 1.0 if args[0].dtype.is_floating_point else 1
-
+    """The function's result for made-up numbers."""
     def back(x):
         return torch.empty_like(x, device=device) if torch.is_tensor(x) else x
     device = next(x.device for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, FakeTensor))
@@ -198,6 +197,14 @@ def test_a_run(options, strict, tmp_path):
     assert json.loads((tmp_path / "log.jsonl").read_text())["step"] == 2
     assert set(os.listdir(tmp_path)) == {"checkpoint.pt", "log.jsonl", "pca.png"}
 
+def test_a_run_goes_on_where_it_stopped(gpu, tmp_path, monkeypatch):
+    arguments = [*SMALL, "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Processes, "stop_asked", lambda processes: True)
+        train.main(arguments)
+    train.main(arguments)
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["step"] == 2
+
 def left_on_the_cpu(losses, coefficients):
     return losses.sum() + torch.ones(1), coefficients.sum()
 
@@ -269,10 +276,13 @@ def test_processes_on_gpus_talk_by_nccl_and_wait_for_each_other_as_hosts(gpu, mo
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("command", ["study --seeds 1", "loss", "pca", "two-view --seeds 1 --steps 1"])
+@pytest.mark.parametrize("command", ["study --seeds 1", "loss", "pca", "two-view --seeds 1 --steps 1",
+                                     "people --seeds 1 --steps 1"])
 def test_a_command_of_eval(command, gpu, tmp_path, monkeypatch):
     train.main([*SMALL, "--steps", "1", "--teachers", "mast3r", "--out", str(tmp_path)])
     monkeypatch.setattr(evaluation, "STUDY", dict(train=8, test=4, pairs=1))
     for name, few in {"CHUNK": 4, "PROBE_STEPS": 2, "ROOM_PAIRS": 4, "UNSEEN_PAIRS": 1}.items():
         monkeypatch.setattr(evaluation, name, few)
-    evaluation.main([*command.split(), "--run", str(tmp_path), "--weights=mast3r=random", "--device", "cuda"])
+    monkeypatch.setattr(evaluation, "judge_people", lambda *args: {"found": 1.0})  # reads an index
+    weights = ["--weights=mast3r=random", "--weights=multihmr=random"]
+    evaluation.main([*command.split(), "--run", str(tmp_path), *weights, "--device", "cuda"])

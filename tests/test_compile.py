@@ -40,11 +40,16 @@ def compiled(monkeypatch):
         begin.step = next(steps)
         return waiting(log, batches)
     monkeypatch.setattr(train.Log, "waiting", begin)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several wait for each other in loops, and the networks are tiny
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     torch._dynamo.reset()
     hook = register_bytecode_hook(lambda code, new: found.append((begin.step, code)))
     yield found
     hook.remove()
     torch._dynamo.reset()
+    monkeypatch.undo()
+    torch.set_num_threads(threads)
 
 @pytest.mark.parametrize("backend, options", [
     ("inductor", "--steps 2 --teachers mast3r"),
