@@ -723,6 +723,12 @@ def writing(path, mode="wb"):
             raise Oops(f"cannot write {path}: {reason.strerror or reason}") from None
         raise
 
+def check_folder(path):
+    """Make a folder and see that it can be written, before the work whose results go there. Oops if not."""
+    with writing(f"{path}/.write"):
+        pass
+    os.remove(f"{path}/.write")
+
 class Parser(argparse.ArgumentParser):
     """argparse, fed with tables {name: option(…)}; its complaints are told as all others are."""
 

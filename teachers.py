@@ -485,6 +485,7 @@ def prepare_specialists(names):
     for name in names:
         path = specialist_path(name)
         if not os.path.exists(path):
+            dune.check_folder(data.cache_folder())
             make_specialist(name, specialist_scenes(name, SPECIALISTS[name]["scenes"]), path)
 
 def specialist_path(name):

@@ -507,9 +507,7 @@ class Checkpoint:
         if args.resume == "yes" and not args.bench and os.path.exists(self.path):
             self.state = self.read()
         if processes.rank == 0 and not args.bench:  # a place that cannot be written is told before the work
-            with dune.writing(f"{args.out}/.write"):
-                pass
-            os.remove(f"{args.out}/.write")
+            dune.check_folder(args.out)
 
     def read(self):
         state = dune.read_checkpoint(self.path)
