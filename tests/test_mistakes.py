@@ -333,6 +333,13 @@ def test_a_disk_that_takes_nothing(command, disk, run_folder, tmp_path, monkeypa
     assert not left and not list(run_folder.rglob("*.part"))
 
 
+def test_a_cache_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setenv("DUNE_CACHE", "/dev/null/cache")
+    monkeypatch.setattr(teachers, "make_specialist", reached)
+    found = one_line(lambda: train.main(["--preset", "tiny", "--device", "cpu", "--out", str(tmp_path / "run")]))
+    assert "cannot write /dev/null/cache" in found
+
+
 # ---- The way out
 
 def outcome(action, tmp_path, encoding="utf-8"):
