@@ -34,7 +34,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader, get_worker_info
 
 import dune
@@ -1378,6 +1377,7 @@ def bench(size, seconds=2.0):
         "colour and normalise": lambda: augment(images, params),
         "all of it": lambda: augment(load().to(device), params),
     }.items():
+        from torch.utils.benchmark import Timer  # here, for it looks for a CUDA compiler, and says so
         timer = Timer("work()", globals={"work": work})  # waits for the GPU, and takes one thread
         spent = timer.blocked_autorange(min_run_time=seconds).median / len(files)
         print(f"{name:44}{1 / spent:9,.0f} images/s {spent * 1e3:8.2f} ms")

@@ -315,7 +315,7 @@ def test_the_command_tells_a_mistake_in_one_line_before_the_work(arguments, word
 def test_the_command_shows_scenes_without_any_data(tmp_path):
     command = [sys.executable, data.__file__, "--teachers", "mast3r", "--image-size", "28"]
     script = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert script.returncode == 0 and "data:" not in script.stderr and "Traceback" not in script.stderr
+    assert (script.returncode, script.stderr) == (0, "")
     assert "scenes:rooms" in script.stdout
     assert Image.open(tmp_path / "data.png").height > 200
 
