@@ -790,10 +790,15 @@ def command_alignment(args):
 # Points are [..., 3] in metres, x right, y down, z forward; pixels are (x, y) with centres at integer + 0.5.
 
 def command_two_view(args):
-    if not args.images:
-        return two_view_study(args)
+    if not args.images and (args.run or args.checkpoint):
+        model, pairs = head_study(args, "two-view decoder", "mast3r", two_view_pairs, train_two_view, judge_two_view,
+                                  zoo.two_view_layout)
+        images = pairs[0]["image"]
+        picture = two_view_picture(output(args, ".png"), images, reconstruct(model, *images, stride=4))
+        return print(f"wrote {picture}")
     if len(args.images) != 2:
-        raise Oops(f"two-view takes two images, not {len(args.images)}: eval.py two-view a.jpg b.jpg (or --run FOLDER)")
+        raise Oops(f"two-view takes two images, not {len(args.images)}: eval.py two-view a.jpg b.jpg; or --run FOLDER "
+                   "alone, to train a decoder on that run's student")
     pictures = [data.load_image(path) for path in args.images]
     weights = args.weights[-1] if args.weights else f"{args.run}/two-view.pt" if args.run else None
     model = zoo.load_two_view(weights, args.device)
@@ -871,12 +876,11 @@ def reciprocal_matches(desc1, desc2, stride=8, rounds=8):
     one, two = desc1.flatten(0, 1), desc2.flatten(0, 1)
     found = []
     for _ in range(rounds):
-        if len(here):
-            there = nearest(one[here], two)[1]
-            back = nearest(two[there], one)[1]
-            found.append(torch.stack([here, there], 1)[back == here])
-            here = back[back != here].unique()
-    return torch.cat(found).unique(dim=0).unbind(1) if found else (here, here)
+        there = nearest(one[here], two)[1]
+        back = nearest(two[there], one)[1]
+        found.append(torch.stack([here, there], 1)[back == here])
+        here = back[back != here].unique()
+    return torch.cat(found).unique(dim=0).unbind(1)
 
 def rigid_fit(a, b):
     """Rotations [..., 3, 3], translations [..., 3] with R a + t = b in the least squares (Kabsch); a, b [..., n, 3]."""
@@ -926,14 +930,12 @@ def relative_pose(points1, points2, pixels2, focal2, tolerance, hypotheses=1000)
 def gauss_newton(pose, moved, error, focal):
     """One step of PnP: a pose (rotation, translation) that brings points [n, 3], moved by the old one, nearer to their
     pixels, from which they are `error` [n, 2] away."""
-    x, y, z = moved.unbind(1)
-    zero, one = torch.zeros_like(z), torch.ones_like(z)
-    by_point = focal * torch.stack([one / z, zero, -x / z**2, zero, one / z, -y / z**2], -1).view(-1, 2, 3)
-    by_turn = torch.stack([zero, z, -y, -z, zero, x, y, -x, zero], -1).view(-1, 3, 3)
+    eye, z = torch.eye(3, dtype=torch.double), moved[:, 2:, None]
+    by_point = focal * (eye[:2] - moved[:, :2, None] / z * eye[2]) / z
+    by_turn = torch.linalg.cross(eye[None], moved[:, None]).mT  # a turn about each axis moves a point so
     jacobian = torch.cat([by_point @ by_turn, by_point], -1).flatten(0, 1)
     step = torch.linalg.lstsq(jacobian, -error.flatten()[:, None]).solution[:, 0]
-    a, b, c = step[:3].tolist()
-    turn = torch.linalg.matrix_exp(torch.tensor([[0, -c, b], [c, 0, -a], [-b, a, 0]], dtype=torch.double))
+    turn = torch.linalg.matrix_exp(torch.linalg.cross(eye, step[None, :3]))
     return turn @ pose[0], turn @ pose[1] + step[3:]
 
 def angle(rotation):
@@ -950,133 +952,128 @@ def write_ply(path, points, colours):
         file.write("\n".join(head).encode() + rows.tobytes())
     return path
 
-# ---- Two views: a decoder on a frozen encoder, with MASt3R's losses (see zoo.pair_geometry for what a pair holds) ----
+# ---- Heads on a frozen encoder: the common part of two-view and people -----------------------------------------------
 
-ROOM_PAIRS, UNSEEN_PAIRS = 200, 128
-TINY_DECODER = dict(dim=64, depth=2, maps=(16, 16, 24, 32), features=16, last=16, hidden=128, descriptor=8)
+def head_study(args, what, teacher, read, train, judge, layout):
+    """A head on the frozen student, on a teacher and on a random encoder, paper section 4 in miniature, with each seed.
+    Returns the student's first, which is kept in a file, and what is unseen.
 
-def two_view_study(args):
-    """Paper section 4 in miniature: a decoder on the frozen student, on a teacher and on a random encoder."""
-    if not (args.run or args.checkpoint):
-        raise Oops("eval.py two-view wants two photographs, or --run FOLDER to train a decoder on that run's student")
-    args.teacher = args.teacher or ["mast3r"]
+    read(args, look) -> what to learn from, what is unseen, how much that is; train(encoder, known, look, args, title)
+    -> model; judge(model, unseen) -> {metric: value}; layout(model): its file.
+    """
+    args.teacher = args.teacher or [teacher]
     look = subject(args)
-    if args.data:
-        every = FolderPairs(args.data[0], look.size)
-        held = min(32, len(every) // 5 + 1)
-        learn = max(1, len(every) - held - 1)  # the pair between shares an image with those that are judged
-        pairs, unseen = (torch.utils.data.Subset(every, rows)
-                         for rows in (range(learn), range(len(every) - held, len(every))))
-    else:
-        pairs, unseen = [], []
-        for found, start, count in ((pairs, ROOM_SEEDS, ROOM_PAIRS), (unseen, data.TEST_SCENES, UNSEEN_PAIRS)):
-            batch = zoo.room_pairs(start, count, look.size)
-            found += [{key: x[i] for key, x in batch.items()} for i in range(count)]
-    values, picture, path = {}, output(args, ".png"), output(args, ".pt")
-    for name, encoder, seed in frozen_encoders(args, look):
-        trained = train_two_view(encoder, pairs, name, look.patch, args.steps, device=look.device, seed=seed)
-        values.setdefault(name, []).append(judge_two_view(trained, unseen))
-        if name == "student" and seed == args.seed:
-            shown = unseen[0]["image"]
-            two_view_picture(picture, shown, reconstruct(trained, *shown, stride=4))
-            with dune.writing(path) as file:
-                torch.save(zoo.two_view_layout(trained), file)
-    mean, spread = mean_and_spread(values)
-    print(f"a two-view decoder on each frozen encoder, {len(pairs)} pairs, {args.steps} steps, "
-          f"judged on {len(unseen)} pairs{'' if args.data else ' of rooms'} not seen")
-    wrote = f"{picture}, {path} (the student with its decoder: eval.py two-view A B --weights {path})"
-    report(args, look, mean, wrote, spread, values=values)
-
-def frozen_encoders(args, look):
-    """(name, encoder, seed) of the student, teachers and a random encoder, on which heads are to be compared."""
+    known, unseen, amount = read(args, look)
     encoders = {"student": look.model.encoder, **{f"teacher {t}": teacher.vit for t, teacher in look.teachers.items()},
                 "random encoder": random_encoder(look, args.seed)}
+    values, path, kept = {name: [] for name in encoders}, output(args, ".pt"), None
     for name, seed in itertools.product(encoders, range(args.seed, args.seed + args.seeds)):
-        yield name, encoders[name], seed
-
-class FolderPairs:
-    """Pairs of neighbours by name in each sub-folder of `root`: NAME.jpg (.png, .webp) beside NAME.npz with depth, K
-    and pose, cut to their centre squares."""
-
-    def __init__(self, root, size):
-        self.size = size
-        self.pairs = [pair for paths in with_labels(root) for pair in itertools.pairwise(paths)]
-        if len(self.pairs) < 2:
-            raise Oops(f"{root} holds fewer than two pairs: neighbours by name in each sub-folder, NAME.jpg beside "
-                       "NAME.npz (depth, K, pose)")
-
-    def __len__(self):
-        return len(self.pairs)
-
-    def __getitem__(self, i):
-        one, two = (self.view(*paths) for paths in self.pairs[i])
-        return {key: torch.stack([one[key], two[key]]) for key in one}
-
-    def view(self, image, labels):
-        view, (width, height), (x0, y0, x1, y1) = labelled_square(image, labels, self.size, ("depth", "K", "pose"))
-        depth = view["depth"]
-        if depth.shape != (height, width):
-            raise Oops(f"{labels}: expected depth {[height, width]} as the image")
-        depth = torch.where((depth > 0) & (depth < 1e4), depth, 0)[y0:y1, x0:x1]
-        if not depth.any():
-            raise Oops(f"{labels}: no depth between 0 and 10,000 m in the centre square")
-        return {**view, "depth": nearest_size(depth, (self.size, self.size))}
+        torch.manual_seed(seed)
+        model = train(encoders[name], known, look, args, f"{what} on the {name}")
+        values[name].append(judge(model, unseen))
+        if kept is None:
+            kept = model
+            with dune.writing(path) as file:
+                torch.save(layout(kept), file)
+    mean, spread = mean_and_spread(values)
+    print(f"a {what} on each frozen encoder, {args.steps} steps, {amount}")
+    report(args, look, mean, f"{path} (the student with its head, for --weights)", spread, values=values)
+    return kept, unseen
 
 def with_labels(root):
     """[[(NAME.jpg (.png, .webp), the NAME.npz beside it)] of each folder in `root`, itself too], as paths."""
     return [[(os.path.join(folder, name), os.path.join(folder, labels)) for name in listing(folder, data.SUFFIXES)
              if (labels := os.path.splitext(name)[0] + ".npz") in names] for folder, _, names in sorted(os.walk(root))]
 
-def labelled_square(image, labels, size, keys, more=()):
-    """An image's centre square and its labels: ({"image": uint8 [3, size, size], "K" [3, 3] in its pixels, the other
-    keys and those of `more` that there are, as they are}, (width, height) of the whole image, the square in it)."""
+def known_and_unseen(items, root, what, between=0):
+    """Of what a folder holds: what to learn from, and the last fifth (32 at most), `between` items further."""
+    if len(items) < 2:
+        raise Oops(f"{root} holds fewer than two {what}")
+    held = min(32, len(items) // 5 + 1)
+    return items[:max(1, len(items) - held - between)], items[-held:]
+
+def labelled_square(image, labels, size, shapes):
+    """An image's centre square and its labels, an .npz file: {"image": uint8 [3, size, size]; "K" [3, 3] in its pixels;
+    "depth" [size, size], 0 where it is not known; others as they are}. shapes: {name: sides}, a letter one number
+    wherever it stands; "visible" may be missing."""
     picture = data.load_image(image)
     try:
         with np.load(dune.regular(labels)) as file:
-            keys = [*keys, *(key for key in more if key in file)]
-            found = {key: torch.from_numpy(file[key].astype(np.float32)) for key in keys}
+            names = [name for name in shapes if name in file or name != "visible"]
+            found = {name: torch.from_numpy(file[name].astype(np.float32)) for name in names}
     except Exception as error:  # numpy's errors for foreign files are of many types
         raise Oops(f"cannot read {labels}: {data.reason(error)}") from None
-    cameras = {key: side for key, side in (("K", 3), ("pose", 4)) if key in found}
-    if any(found[key].shape != (side, side) for key, side in cameras.items()):
-        raise Oops(f"{labels}: expected K [3, 3] (and pose [4, 4])")
-    if not all(found[key].isfinite().all() and found[key].det().abs() > 1e-6 for key in cameras):
-        raise Oops(f"{labels}: {' and '.join(cameras)} must be finite and have an inverse; leave out frames without a "
-                   "camera")
+    known = {"3": 3, "4": 4, "H": picture.height, "W": picture.width}
+    for name, x in found.items():
+        sides = shapes[name].split()
+        fits = x.ndim == len(sides) and all(known.setdefault(side, n) == n for side, n in zip(sides, x.shape))
+        finite = name == "depth" or x.isfinite().all()
+        if not (fits and finite) or name in ("K", "pose") and not x.det().abs() > 1e-6:
+            raise Oops(f"{labels}: {name} is {list(x.shape)}, expected [{', '.join(sides)}] (H, W: the image's), "
+                       "finite, of a camera with an inverse; leave out frames without")
     x0, y0, x1, y1 = box = data.centre(*picture.size)
     scale = size / (x1 - x0)
     found["K"] = torch.tensor([[scale, 0, -x0 * scale], [0, scale, -y0 * scale], [0, 0, 1]]) @ found["K"]
-    return {**found, "image": data.crop_resize(picture, box, size, size)}, picture.size, box
+    if "depth" in found:
+        depth = found["depth"][y0:y1, x0:x1]
+        depth = torch.where((depth > 0) & (depth < 1e4), depth, 0)
+        if not depth.any():
+            raise Oops(f"{labels}: no depth between 0 and 10,000 m in the centre square")
+        found["depth"] = nearest_size(depth, (size, size))
+    return {**found, "image": data.crop_resize(picture, box, size, size)}
 
-def train_two_view(encoder, pairs, name, patch, steps, batch=8, device="cpu", seed=0):
-    """A zoo.TwoView on a frozen encoder whose decoder has learned from `pairs` (a sequence), its patches those of an
-    encoder with this patch size, whatever its own; encoders narrower than ViT-S get a tiny one."""
-    torch.manual_seed(seed)
+# ---- Two views: a decoder on a frozen encoder, with MASt3R's losses (see zoo.pair_geometry for what a pair holds) ----
+
+ROOM_PAIRS, UNSEEN_PAIRS = 200, 128
+TINY_DECODER = dict(dim=64, depth=2, maps=(16, 16, 24, 32), features=16, last=16, hidden=128, descriptor=8)
+
+def two_view_pairs(args, look):
+    """Pairs to learn from, unseen ones, how many: rooms, or neighbours by name in each sub-folder, see read_pair."""
+    if args.data:
+        pairs = [pair for paths in with_labels(args.data[0]) for pair in itertools.pairwise(paths)]
+        what = "pairs: neighbours by name in each sub-folder, NAME.jpg beside NAME.npz (depth, K, pose)"
+        known, unseen = known_and_unseen(pairs, args.data[0], what, between=1)  # it shares an image with the next
+        unseen = [read_pair(look.size, pair) for pair in unseen]
+    else:
+        places = (ROOM_SEEDS, ROOM_PAIRS), (data.TEST_SCENES, UNSEEN_PAIRS)
+        batches = [zoo.room_pairs(start, count, look.size) for start, count in places]
+        known, unseen = ([dict(zip(batch, pair)) for pair in zip(*batch.values())] for batch in batches)
+    return known, unseen, f"{len(known)} pairs, judged on {len(unseen)} {'' if args.data else 'of rooms '}not seen"
+
+def read_pair(size, pair):
+    """A pair as it is, or read from its files ((image, labels), (image, labels))."""
+    if isinstance(pair, dict):
+        return pair
+    one, two = (labelled_square(*files, size, {"depth": "H W", "K": "3 3", "pose": "4 4"}) for files in pair)
+    return {key: torch.stack([one[key], two[key]]) for key in one}
+
+def train_two_view(encoder, pairs, look, args, title, batch=8):
+    """A zoo.TwoView on a frozen encoder whose decoder has learned from `pairs` (see read_pair), its patches the
+    student's, whatever the encoder's own; encoders narrower than ViT-S get a tiny one."""
+    read = functools.partial(read_pair, look.size)
     tiny = encoder.embed_dim < 384
-    model = zoo.TwoView(encoder, patch=patch, **(TINY_DECODER if tiny else {})).to(device)
-    begin_two_view(model, torch.cat([pairs[i]["image"] for i in range(min(32, len(pairs)))]), patch)
+    model = zoo.TwoView(encoder, patch=look.patch, **(TINY_DECODER if tiny else {})).to(look.device)
+    begin_two_view(model, torch.cat([read(pair)["image"] for pair in pairs[:32]]))
     parameters = [p for p in model.parameters() if p.requires_grad]
     decay = 0.3 if tiny else 0.05  # tiny: for the few pairs that it learns from
     groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
               {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
-    chance = torch.utils.data.RandomSampler(pairs, replacement=True, num_samples=steps * batch)
-    order = torch.utils.data.DataLoader(range(len(pairs)), batch, sampler=chance, collate_fn=list)
-    batches = read_ahead(pairs.__getitem__, order)
+    chance = torch.utils.data.RandomSampler(pairs, replacement=True, num_samples=args.steps * batch)
+    batches = read_ahead(read, torch.utils.data.DataLoader(pairs, batch, sampler=chance, collate_fn=list))
 
     def loss(step):
         part = next(batches)
-        part = {key: torch.stack([pair[key] for pair in part]).to(device) for key in part[0]}
+        part = {key: torch.stack([pair[key] for pair in part]).to(look.device) for key in part[0]}
         if torch.rand(()) < 0.5:  # either view may come first
             part = {key: x.flip(1) for key, x in part.items()}
         views = model(*(part["image"] / 127.5 - 1).unbind(1))
         # In a few hundred steps 0.075, MASt3R's, teaches no descriptors.
         return two_view_loss(views, zoo.pair_geometry(part), matching=1.0 if tiny else 0.075)
-    what = f"two-view decoder on the {name}"
-    zoo.fit(groups, loss, steps, 6e-3 if tiny else 1e-4, betas=(0.9, 0.95), clip=1.0, what=what)
+    zoo.fit(groups, loss, args.steps, 6e-3 if tiny else 1e-4, betas=(0.9, 0.95), clip=1.0, what=title)
     return model.eval()
 
 @torch.no_grad()
-def begin_two_view(model, images, patch):
+def begin_two_view(model, images):
     """Initial weights from which a decoder learns in a few hundred steps; images: some of those it will see."""
     for head in (model.downstream_head1, model.downstream_head2):
         for conv in head.modules():
@@ -1089,7 +1086,7 @@ def begin_two_view(model, images, patch):
         weight.copy_(weight[:, :1].clone())  # a patch's pixels begin with one descriptor: places come before details
         nn.init.zeros_(local.bias)
     images = images.to(model.norm.weight.device) / 127.5 - 1
-    standardise(model.norm, model.encode(images, (images.shape[-1] // patch,) * 2).float())
+    standardise(model.norm, model.encode(images, (images.shape[-1] // model.patch,) * 2).float())
 
 @torch.no_grad()
 def standardise(norm, features):
@@ -1108,9 +1105,9 @@ def two_view_loss(views, geometry, matching=0.075, samples=512):
         loss = loss + (view["conf"] * error - 0.2 * view["conf"].log())[known[:, k]].mean()
     size, seen = place.shape[1], seen.flatten(1).float()
     pick = torch.multinomial(seen + 1e-9, samples, replacement=True)
-    at = taken(place.flatten(1, 2), pick).clamp(0, size - 1).long()
+    at = place.flatten(1, 2).take_along_dim(pick[..., None], 1).clamp(0, size - 1).long()
     picks = pick, at[..., 1] * size + at[..., 0]
-    one, two = (taken(view["desc"].flatten(1, 2), p) for view, p in zip(views, picks))
+    one, two = (view["desc"].flatten(1, 2).take_along_dim(p[..., None], 1) for view, p in zip(views, picks))
     trust = sum(view["desc_conf"].flatten(1).gather(1, p) for view, p in zip(views, picks)) / 2
     nce = zoo.contrast(one, two, torch.arange(samples, device=pick.device).expand(len(pick), -1))
     # Apart from nce: else doubt would silence the descriptors before they learn.
@@ -1118,14 +1115,10 @@ def two_view_loss(views, geometry, matching=0.075, samples=512):
     counts = seen.gather(1, pick)
     return loss + matching * ((nce + trusted) * counts).sum() / counts.sum().clamp(min=1)
 
-def taken(x, rows):
-    """Rows [b, m] of each of x [b, n, D]: [b, m, D]."""
-    return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
-
 def judge_two_view(model, pairs):
     """{metric: value} on pairs that it has not seen; errors of the pose are medians."""
     rows = []
-    for pair in (pairs[i] for i in range(len(pairs))):
+    for pair in pairs:
         result = reconstruct(model, *pair["image"], stride=4)
         points, known, place, seen = (x[0] for x in zoo.pair_geometry({key: x[None] for key, x in pair.items()}))
         guess = torch.stack([view["pts3d"] for view in result["views"]]).cpu()
@@ -1144,12 +1137,18 @@ def judge_two_view(model, pairs):
 # ---- People in one photograph: a head on a frozen encoder, see zoo.People --------------------------------------------
 
 PEOPLE_SEEDS, PEOPLE, UNSEEN_PEOPLE = 6 * 10**8, 3000, 500
+PEOPLE_LABELS = {"joints3d": "P J 3", "K": "3 3", "visible": "P"}
 
 def command_people(args):
-    if not args.images:
-        return people_study(args)
-    if len(args.images) > 1:
-        raise Oops(f"people takes one image, not {len(args.images)}: eval.py people photo.jpg (or --run FOLDER)")
+    if not args.images and (args.run or args.checkpoint):
+        if args.pelvis is None and not args.data:
+            args.pelvis = data.JOINTS.index("pelvis")
+        judge = functools.partial(judge_people, pelvis=args.pelvis)
+        head_study(args, "people head", "multihmr", people_scenes, train_people, judge, zoo.people_layout)
+        return
+    if len(args.images) != 1:
+        raise Oops(f"people takes one image, not {len(args.images)}: eval.py people photo.jpg; or --run FOLDER alone, "
+                   "to train a head on that run's student")
     photo = args.images[0]
     picture, fov = data.load_image(photo), args.fov or exif_fov(photo) or 60
     path = args.weights[-1] if args.weights else f"{args.run or '.'}/people.pt"
@@ -1181,63 +1180,37 @@ def exif_fov(path):
     except Exception:  # none, or broken in a whole picture
         return 0
 
-def people_study(args):
-    """A people head on the frozen student, on a teacher and on a random encoder."""
-    if not (args.run or args.checkpoint):
-        raise Oops("eval.py people wants a photograph, or --run FOLDER to train a head on that run's student")
-    args.teacher = args.teacher or ["multihmr"]
-    look = subject(args)
-    values, path = {}, output(args, ".pt")
-    known, unseen = people_scenes(args, look)
-    for name, encoder, seed in frozen_encoders(args, look):
-        model = train_people(encoder, known, name, look, args, seed)
-        values.setdefault(name, []).append(judge_people(model, unseen, args.pelvis))
-        if name == "student" and seed == args.seed:
-            with dune.writing(path) as file:
-                torch.save(zoo.people_layout(model), file)
-    mean, spread = mean_and_spread(values)
-    print(f"a people head on each frozen encoder, {len(known['image'])} images, {args.steps} steps, judged on "
-          f"{len(unseen['image'])} not seen; 3D of those found")
-    report(args, look, mean, f"{path} (eval.py people photo.jpg --weights {path})", spread, values=values)
-
 def people_scenes(args, look):
-    """[to learn from, unseen], each {"image" uint8 [n, 3, S, S], "K" [n, 3, 3], "joints3d" [n, P, J, 3], "visible" bool
-    [n, P]}: procedural people, or a folder's NAME.jpg beside NAME.npz, the last fifth of it (32 at most) unseen."""
-    if not args.data:
-        args.pelvis = data.JOINTS.index("pelvis") if args.pelvis is None else args.pelvis
-        parts = [data.labelled_scenes("people", start + 10**6 * args.seed, count, look.size)
-                 for start, count in ((PEOPLE_SEEDS, PEOPLE), (data.TEST_SCENES + 3 * 10**8, UNSEEN_PEOPLE))]
-    else:
-        scenes = [labelled_people(*paths, look.size) for paths in itertools.chain(*with_labels(args.data[0]))]
-        if len(scenes) < 2 or len({scene["joints3d"].shape[1] for scene in scenes}) > 1:
-            raise Oops(f"{args.data[0]} holds fewer than two pairs (NAME.jpg beside NAME.npz with joints3d, K and "
-                       "perhaps visible), or people with different numbers of joints")
-        held = min(32, len(scenes) // 5 + 1)
+    """Scenes to learn from, unseen ones, how many; both {"image" uint8 [n, 3, S, S], "K" [n, 3, 3], "joints3d"
+    [n, P, J, 3], "visible" bool [n, P]}: procedural people, or a folder's NAME.jpg beside NAME.npz."""
+    if args.data:
+        files = itertools.chain(*with_labels(args.data[0]))
+        scenes = [labelled_square(*pair, look.size, PEOPLE_LABELS) for pair in files]
+        for scene in scenes:
+            scene.setdefault("visible", torch.ones(len(scene["joints3d"])))
+        if len({scene["joints3d"].shape[1] for scene in scenes}) > 1:
+            raise Oops(f"{args.data[0]} holds people with different numbers of joints")
+        what = "pairs: NAME.jpg beside NAME.npz with joints3d, K and perhaps visible"
         pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)  # of as many people
         parts = [{key: pad([scene[key] for scene in part]) for key in part[0]}
-                 for part in (scenes[:-held], scenes[-held:])]
+                 for part in known_and_unseen(scenes, args.data[0], what)]
+    else:
+        places = (PEOPLE_SEEDS, PEOPLE), (data.TEST_SCENES + 3 * 10**8, UNSEEN_PEOPLE)
+        parts = [data.labelled_scenes("people", start + 10**6 * args.seed, n, look.size) for start, n in places]
     for part in parts:
         if max(args.head, args.pelvis or 0) >= part["joints3d"].shape[2]:
             raise Oops(f"people have {part['joints3d'].shape[2]} joints here, counted from 0: --head, --pelvis")
         heads = part["joints3d"][:, :, args.head]
         place = zoo.project(heads, part["K"])
-        part["visible"] = part["visible"] & (heads[..., 2] > 0.1) & ((place >= 0) & (place < look.size)).all(-1)
+        inside = (heads[..., 2] > 0.1) & ((place >= 0) & (place < look.size)).all(-1)
+        part["visible"] = (part["visible"] > 0) & inside
         if not part["visible"].any():
             raise Oops("no head is visible in the centre squares: are joints3d in the camera's frame, in metres?")
-    return parts
+    known, unseen = (len(part["image"]) for part in parts)
+    return *parts, f"{known} images, judged on {unseen} not seen; 3D of those found"
 
-def labelled_people(image, labels, size):
-    """One image of a folder, as in people_scenes()."""
-    scene, *_ = labelled_square(image, labels, size, ("joints3d", "K"), ("visible",))
-    joints = scene["joints3d"]
-    visible = scene.setdefault("visible", torch.ones(len(joints))) > 0
-    if joints.ndim != 3 or joints.shape[2] != 3 or visible.shape != joints.shape[:1] or not joints.isfinite().all():
-        raise Oops(f"{labels}: expected joints3d [P, J, 3], finite, and visible [P], if at all")
-    return {**scene, "visible": visible}
-
-def train_people(encoder, scenes, name, look, args, seed, batch=32):
+def train_people(encoder, scenes, look, args, title, batch=32):
     """A zoo.People on a frozen encoder, whose tokens are computed once."""
-    torch.manual_seed(seed)
     model = zoo.People(encoder, scenes["joints3d"].shape[2], args.head, look.size, look.patch).to(look.device)
     model.bones.copy_(torch.tensor(bones_of(scenes["joints3d"][scenes["visible"]])).reshape(-1, 2))
     parts = (data.normalise(part.to(look.device)) for part in scenes["image"].split(50))
@@ -1253,7 +1226,7 @@ def train_people(encoder, scenes, name, look, args, seed, batch=32):
     groups = [{"params": [p for part in (model.norm, model.embed, model.blocks, model.last, model.out)
                           for p in part.parameters()]},
               {"params": list(model.score.parameters()), "lr": 3e-2}]  # linear: as fast as a probe
-    zoo.fit(groups, loss, args.steps, 3e-3, weight_decay=0.05, clip=1.0, what=f"people head on the {name}")
+    zoo.fit(groups, loss, args.steps, 3e-3, weight_decay=0.05, clip=1.0, what=title)
     return model.eval()
 
 def people_loss(model, tokens, grid, K, joints, visible):
@@ -1285,10 +1258,10 @@ def bones_of(joints):
     return bones
 
 def judge_people(model, scenes, pelvis=None):
-    """{metric: value} on scenes as of people_scenes(). Who is surest is matched first, with the nearest head that is
-    left, if within 5 % of the side; 3D errors are of those found, aligned at the pelvis (None: the mean of the joints)
-    or, PA, also by rotation and scale."""
-    device, near, errors, guesses = model.norm.weight.device, [], [], 0
+    """{metric: value} on scenes as of people_scenes(), in % and cm. Who is surest is matched first, with the nearest
+    head that is left, if within 5 % of the side; 3D errors are of those found, aligned at the pelvis (None: the mean of
+    the joints) or, PA, also by rotation and scale."""
+    device, rows, guesses = model.norm.weight.device, [], 0
     for image, K, joints, visible in zip(*(scenes[key] for key in ("image", "K", "joints3d", "visible"))):
         found = model(data.normalise(image[None].to(device)), K[None].to(device))[0]
         guesses += len(found)
@@ -1299,17 +1272,16 @@ def judge_people(model, scenes, pelvis=None):
             if best is None or gap[best, model.head] > 0.05:
                 continue
             free.remove(best)
-            near.append(gap[best] <= 0.05)
             a, b = (x - (x.mean(0) if pelvis is None else x[pelvis]) for x in (person["joints3d"], joints[best]))
             ahead = joints[best, model.head, 2]
-            errors.append([100 * (a - b).norm(dim=-1).mean(), 100 * aligned_error(a, b),
-                           100 * (person["distance"] - ahead).abs() / ahead])
-    there, hits = int(scenes["visible"].sum()), len(errors)
-    errors = torch.tensor(errors or [[math.nan] * 3])
-    counts = {"precision": hits / max(1, guesses), "recall": hits / there, "F1": 2 * hits / (guesses + there),
-              "joints 2D": torch.stack(near).sum().item() / there / joints.shape[1] if near else 0.0}
-    return {**{key: 100 * value for key, value in counts.items()}, "joints 3D": errors[:, 0].mean().item(),
-            "joints PA": errors[:, 1].mean().item(), "distance": errors[:, 2].median().item()}
+            rows.append([(gap[best] <= 0.05).float().mean(), (a - b).norm(dim=-1).mean(), aligned_error(a, b),
+                         (person["distance"] - ahead).abs() / ahead])
+    there, hits = int(scenes["visible"].sum()), len(rows)
+    near, apart, aligned, off = torch.tensor(rows or [[0.0, *[math.nan] * 3]]).T
+    result = {"precision": hits / max(1, guesses), "recall": hits / there, "F1": 2 * hits / (guesses + there),
+              "joints 2D": near.sum().item() / there, "joints 3D": apart.mean().item(),
+              "joints PA": aligned.mean().item(), "distance": off.median().item()}
+    return {metric: 100 * value for metric, value in result.items()}
 
 def aligned_error(a, b):
     """Mean distance of points a from b [n, 3] once a is turned, scaled and moved as near as can be (Procrustes)."""
@@ -1433,9 +1405,8 @@ def pca_sheet(model, teachers, images, path):
     then for each teacher its features (standardised) and what the student says through that projector, in the same
     colours. model may be None."""
     first = model or next(iter(teachers.values()))
-    training = first.training
     x = data.normalise(images.to(next(first.eval().parameters()).device))
-    patch = model.encoder.patch_size if model else first.patch_size
+    patch = (model.encoder if model else first).patch_size
     grid = (images.shape[-2] // patch, images.shape[-1] // patch)
     columns = {"image": images.permute(0, 2, 3, 1).numpy()}
     projected = model(x) if model else {}
@@ -1448,7 +1419,6 @@ def pca_sheet(model, teachers, images, path):
         columns[f"teacher\n{t}"] = pca_colours(features, grid[0], patch, basis)
         if t in projected:
             columns[f"student as\n{t}"] = pca_colours(projected[t]["patch"], grid[0], patch, basis)
-    first.train(training)
     cell = max(112, min(256, *images.shape[-2:]))
     data.contact_sheet([list(row) for row in zip(*columns.values())], path, columns=list(columns), cell=cell)
     return path
@@ -1483,20 +1453,20 @@ def draw_curves(path, panels, width=560, height=300):
         draw.text((left, 8), title, fill="black", font_size=14)
         draw.rectangle((left, top, right, bottom), outline="#999")
         curves = {label: [(x, y) for x, y in zip(*line) if abs(y) < 1e30] for label, line in curves.items()}  # not NaN
-        xs, ys = ([point[axis] for line in curves.values() for point in line] or [0] for axis in (0, 1))
-        log = min(ys) > 0 and max(ys) / min(ys) > 30
-        scale, back = (math.log, math.exp) if log else (float, float)
-        low, span = scale(min(ys)), scale(max(ys)) - scale(min(ys)) or abs(max(ys)) or 1
+        points = list(itertools.chain(*curves.values())) or [(0, 0)]
+        (x0, y0), (x1, y1) = np.min(points, 0).tolist(), np.max(points, 0).tolist()
+        log = y0 > 0 and y1 > 30 * y0
+        y1 = y1 if y1 > y0 else y0 + (abs(y0) or 1)
 
         def place(x, y):
-            across = (x - min(xs)) / (max(xs) - min(xs) or 1)
-            return left + across * (right - left), bottom - 4 - (scale(y) - low) / span * (bottom - top - 8)
-        for value in (back(low + span * k / 4) for k in range(5)):
-            y = place(xs[0], value)[1]
+            up = math.log(y / y0, y1 / y0) if log else (y - y0) / (y1 - y0)
+            return left + (x - x0) / (x1 - x0 or 1) * (right - left), bottom - 4 - up * (bottom - top - 8)
+        for value in (np.geomspace if log else np.linspace)(y0, y1, 5).tolist():
+            y = place(x0, value)[1]
             draw.line((left, y, right, y), fill="#eee")
             draw.text((left - 6, y), f"{value:.3g}", fill="#555", font_size=11, anchor="rm")
-        for x in (min(xs), max(xs)):
-            draw.text((place(x, ys[0])[0], bottom + 6), f"{x:g}", fill="#555", font_size=11, anchor="ma")
+        for x in (x0, x1):
+            draw.text((place(x, y0)[0], bottom + 6), f"{x:g}", fill="#555", font_size=11, anchor="ma")
         for k, (label, line) in enumerate(curves.items()):
             colour = COLOURS[k % len(COLOURS)]
             draw.line([place(*point) for point in line[:1] + line], fill=colour, width=2)
@@ -1540,7 +1510,7 @@ def small(picture):
 def side_by_side(args, pictures):
     """Write {reader: [(image path, truth, prediction)]}: a row for each of the first images; returns the path."""
     rows = []
-    for same in itertools.islice(zip(*pictures.values()), PICTURES):
+    for same in zip(*pictures.values()):
         image = small(np.asarray(data.load_image(same[0][0])))
         rows.append([image, same[0][1], *(guess for _, _, guess in same)])
     path = output(args, ".png")
@@ -1593,46 +1563,46 @@ def two_view_picture(path, images, result, lines=40):
 def study_picture(path, scenes, said, grid, side=168, count=3):
     """Write DUNE's Figure 1 in miniature: test images, the truth, and what linear probes say. Returns the path.
     scenes, said: see study_row()."""
-    def large(x):  # [N] or [N, C] -> [side, side, C]
-        maps = x.float().view(*grid, -1).permute(2, 0, 1)[None]
+    (objects, rooms, people), guess = ([on("cpu", x) for x in batches]
+                                       for batches in ([scenes[domain][3] for domain in said], said.values()))
+    kinds = objects["kind"], guess[0]["kind"].argmax(-1)
+    masks = F.one_hot(objects["patch"], len(data.KINDS) + 1), guess[0]["patch"].softmax(-1)
+    image, _, joint = people["at"]
+    true = torch.full((len(people["near"]), len(data.JOINTS), 2), math.nan)
+    true[image, joint] = people["truth"]
+    best = guess[2]["near"].argmax(1)
+    places = true, guess[2]["place"].take_along_dim(best[:, None, :, None], 1)[:, 0]
+    bones = bones_of(data.labelled_scenes("people", 0, 60, 28)["joints3d"][:, 0])
+
+    def picture(domain, i):
+        return Image.fromarray(scenes[domain][2][i].cpu().permute(1, 2, 0).numpy()).resize((side, side))
+
+    def large(x):  # [N, C] -> [side, side, C]
+        maps = x.float().unflatten(0, grid).permute(2, 0, 1)[None]
         return F.interpolate(maps, (side, side), mode="bilinear")[0].permute(1, 2, 0)
 
-    def mask(picture, kind, patch):
-        at = large(patch).argmax(-1)[..., None].numpy()
-        look = np.where(at > 0, 0.3 * np.asarray(picture) + 0.7 * colours[at[..., 0] - 1], 0.4 * np.asarray(picture))
-        look = Image.fromarray(look.astype(np.uint8))
+    def mask(look, kind, patch):
+        colours = palette(len(data.KINDS))[large(patch).argmax(-1) - 1]  # the last one is the background's
+        look = Image.fromarray((0.4 * np.asarray(look) + 0.6 * colours).astype(np.uint8))
         ImageDraw.Draw(look).text((6, side - 4), list(data.KINDS)[kind], "white", font_size=18, anchor="ls")
         return look
 
-    def person(picture, joints):
-        look = picture.copy()
+    def person(look, joints):
+        look = look.copy()
         draw_skeleton(ImageDraw.Draw(look), side * joints, bones, "#d22")
         return look
-    colours, joints = palette(len(data.KINDS)), len(data.JOINTS)
-    bones = bones_of(data.labelled_scenes("people", 0, 60, 28)["joints3d"][:, 0])
-    image = {domain: scenes[domain][2].cpu() for domain in said}
-    truth, out = ({domain: on("cpu", x) for domain, x in batch.items()}
-                  for batch in ({domain: scenes[domain][3] for domain in said}, said))
-    seen = truth["people"]["at"][0].bincount(minlength=len(image["people"]))  # joints in each image
-    alone = torch.where(seen <= joints, seen, 0).topk(count).indices.tolist()  # of people, show one, all in the image
+    seen = image.bincount(minlength=len(true))  # joints in each image
+    alone = torch.where(seen <= len(data.JOINTS), seen, 0).topk(count).indices.tolist()  # one person, all in the image
     rows = []
     for i, k in enumerate(alone):
-        one, room, two = (Image.fromarray(image[domain][j].permute(1, 2, 0).numpy()).resize((side, side))
-                          for domain, j in (("objects", i), ("rooms", i), ("people", k)))
-        true, guess = ({domain: {key: v[i] for key, v in x[domain].items()} for domain in ("objects", "rooms")}
-                       for x in (truth, out))
-        patch = F.one_hot(true["objects"]["patch"], len(data.KINDS) + 1), guess["objects"]["patch"].softmax(-1)
-        ends = [end.exp().item() for end in true["rooms"]["depth"].aminmax()]
-        mine, place = truth["people"]["at"][0] == k, torch.full((joints, 2), math.nan)
-        place[truth["people"]["at"][2, mine]] = truth["people"]["truth"][mine]
-        best = out["people"]["near"][k].argmax(0)
-        kind = true["objects"]["kind"], guess["objects"]["kind"].argmax()
-        rows.append([one, *(mask(one, *says) for says in zip(kind, patch)), room,
-                     *(depth_colours(large(x["rooms"]["depth"])[..., 0].exp(), *ends) for x in (true, guess)),
-                     *((127.5 + 127.5 * large(x["rooms"]["normals"])).byte() for x in (true, guess)),
-                     two, person(two, place), person(two, out["people"]["place"][k, best, torch.arange(joints)])])
+        thing, room, body = picture("objects", i), picture("rooms", i), picture("people", k)
+        ends = [end.exp().item() for end in rooms["depth"][i].aminmax()]
+        rows.append([thing, *(mask(thing, kind[i], patch[i]) for kind, patch in zip(kinds, masks)), room,
+                     *(depth_colours(large(x["depth"][i])[..., 0].exp(), *ends) for x in (rooms, guess[1])),
+                     *((127.5 + 127.5 * large(x["normals"][i])).byte() for x in (rooms, guess[1])),
+                     body, *(person(body, place[k]) for place in places)])
     columns = "object truth student room depth student normals student people truth student".split()
-    data.contact_sheet([[np.asarray(picture) for picture in row] for row in rows], path, columns)
+    data.contact_sheet(rows, path, columns)
     return path
 
 def people_picture(path, picture, people, K, bones, height=480):
@@ -1707,15 +1677,10 @@ def mean_and_spread(values):
 
 def write_json(args, content):
     """Write a command's result file; what is not a finite number is null. Returns the path."""
-    def clean(x):
-        if isinstance(x, dict):
-            return {key: clean(value) for key, value in x.items()}
-        if isinstance(x, (list, tuple)):
-            return [clean(value) for value in x]
-        return None if isinstance(x, float) and not math.isfinite(x) else x
+    content = json.loads(json.dumps(content), parse_constant=lambda name: None)
     path = output(args, ".json")
     with dune.writing(path, "w") as file:
-        json.dump(clean(content), file, indent=1)
+        json.dump(content, file, indent=1)
     return path
 
 def read_array(path, dimensions=2):
