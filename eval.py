@@ -812,10 +812,11 @@ def command_two_view(args):
     picture = two_view_picture(output(args, ".png"), images, result)
     matches, agree = len(result["inside"]), int(result["inside"].sum())
     print(f"wrote {cloud} ({len(points):,} points) and {picture}\n{matches} matches, {agree} agree on one pose")
+    if min(result["focal"]) <= 1:
+        raise Oops("no focal length: the points lie where no camera sees them; other weights than the model's, or a "
+                   "decoder that has not learned?")
     if agree < max(12, 0.2 * matches):
         raise Oops(f"only {agree} of {matches} matches agree: no pose; do the two images overlap?")
-    if min(result["focal"]) <= 1:
-        raise Oops(NO_FOCAL.format("the points lie where no camera sees them"))
     for path, focal, image in zip(args.images, result["focal"], images):
         height, width = image.shape[1:]
         field = 2 * math.degrees(math.atan(width / 2 / focal))
@@ -829,7 +830,7 @@ def command_two_view(args):
 def reconstruct(model, image1, image2, stride=8):
     """What a zoo.TwoView says about two images, uint8 [3, H, W]: {"views": its two dictionaries, without the batch
     dimension; "focal": [f1, f2] pixels; "matches": flat pixel indices ([n], [n]), best first; "pose": camera 2 in
-    camera 1 [4, 4], or None; "inside": which matches agree with it, bool [n]}."""
+    camera 1 [4, 4]; "inside": which matches agree with it, bool [n]}."""
     device = model.dec_norm.weight.device
     one, two = (image[None].to(device) / 127.5 - 1 for image in (image1, image2))
     first, second = ({k: v[0] for k, v in view.items()} for view in model(one, two))
@@ -850,20 +851,17 @@ def centred_pixels(height, width, device=None):
     """[height * width, 2]: the centres of the pixels, from the principal point, which is the image's centre."""
     return (zoo.centres(height, width, device) - 0.5) * torch.tensor([width, height], device=device)
 
-NO_FOCAL = "no focal length: {}; other weights than the model's, or a decoder that has not learned?"
-
 def estimate_focal(points, weight):
     """Focal length in pixels that explains a point map [H, W, 3] in its own camera's frame: the median of what each
-    pixel says; far from the centre, and by weight [H, W], it says more. 1 is as good as none: no camera sees it so.
-    Oops if no point is before the camera."""
-    height, width = points.shape[:2]
+    pixel says; far from the centre, and by weight [H, W], it says more. 1 is as good as none: no camera sees it so."""
+    pixels = centred_pixels(*points.shape[:2]).double()
     points, weight = points.flatten(0, 1).double().cpu(), weight.flatten().double().cpu()
-    keep = points[:, 2] > 1e-6
-    if not keep.any():
-        raise Oops(NO_FOCAL.format("every point lies behind the camera"))
-    pixels, rays = centred_pixels(height, width)[keep].double(), points[keep, :2] / points[keep, 2:]
+    ahead = points[:, 2] > 1e-6
+    if not ahead.any():
+        return 1.0
+    pixels, rays = pixels[ahead], points[ahead, :2] / points[ahead, 2:]
     says, order = ((pixels * rays).sum(-1) / rays.square().sum(-1).clamp(min=1e-12)).sort()
-    share = (pixels.norm(dim=-1) * weight[keep])[order].cumsum(0)
+    share = (pixels.norm(dim=-1) * weight[ahead])[order].cumsum(0)
     middle = torch.searchsorted(share, share[-1:] / 2).clamp(max=len(says) - 1)
     return max(1.0, says[middle].item())
 
@@ -892,51 +890,49 @@ def rigid_fit(a, b):
     return rotation, (cb - ca @ rotation.mT).squeeze(-2)
 
 def relative_pose(points1, points2, pixels2, focal2, tolerance, hypotheses=1000):
-    """Camera 2 in camera 1's frame, [4, 4], and which matches agree with it, bool [n].
+    """Camera 2 in camera 1's frame, [4, 4], and which matches agree with it, bool [n]: none if there are fewer than 4.
 
     points1, points2 [n, 3]: the matched points, each in its own camera's frame; pixels2 [n, 2]: where camera 2 sees
     them, from its principal point; tolerance: pixels. RANSAC over rigid fits of three matches, judged by where they
     project into view 2; the best one is refined there (PnP by Gauss-Newton), so that the depth of view 2 only has to be
-    roughly right. Fewer than 4 matches: (None, none).
+    roughly right.
     """
     points1, points2, pixels2 = points1.double().cpu(), points2.double().cpu(), pixels2.double().cpu()
+    camera = torch.eye(4, dtype=torch.double)
     finite = (points1 + points2).isfinite().all(-1).nonzero()[:, 0]
     if len(finite) < 4:
-        return None, torch.zeros(len(points1), dtype=torch.bool)
+        return camera, torch.zeros(len(points1), dtype=torch.bool)
 
-    def residual(rotation, translation):
+    def error(rotation, translation):
         moved = points1 @ rotation.mT + translation[..., None, :]
-        return moved, focal2 * moved[..., :2] / moved[..., 2:].clamp(min=1e-6) - pixels2
+        return (focal2 * moved[..., :2] / moved[..., 2:] - pixels2).where(moved[..., 2:] > 1e-6, math.inf)
 
-    def agrees(rotation, translation):
-        moved, error = residual(rotation, translation)
-        return (error.norm(dim=-1) < tolerance) & (moved[..., 2] > 1e-6)
+    def agrees(pose):
+        return error(*pose).norm(dim=-1) < tolerance
     pick = finite[torch.randint(len(finite), (hypotheses, 3), generator=torch.Generator().manual_seed(0))]
     rotation, translation = rigid_fit(points1[pick], points2[pick])
-    best = agrees(rotation, translation).sum(-1).argmax()
+    best = agrees((rotation, translation)).sum(-1).argmax()
     pose = rotation[best], translation[best]
     for _ in range(10):
-        inside = agrees(*pose)
+        inside = agrees(pose)
         if inside.sum() < 4:
             break
-        better = gauss_newton(pose, *(x[inside] for x in residual(*pose)), focal2)
-        if agrees(*better).sum() < inside.sum():
+        better = gauss_newton(pose, lambda *pose: error(*pose)[..., inside, :].flatten(-2))
+        if agrees(better).sum() < inside.sum():
             break
         pose = better
-    camera = torch.eye(4, dtype=torch.double)
     camera[:3, :3], camera[:3, 3] = pose[0].T, -pose[0].T @ pose[1]
-    return camera, agrees(*pose)
+    return camera, agrees(pose)
 
-def gauss_newton(pose, moved, error, focal):
-    """One step of PnP: a pose (rotation, translation) that brings points [n, 3], moved by the old one, nearer to their
-    pixels, from which they are `error` [n, 2] away."""
-    eye, z = torch.eye(3, dtype=torch.double), moved[:, 2:, None]
-    by_point = focal * (eye[:2] - moved[:, :2, None] / z * eye[2]) / z
-    by_turn = torch.linalg.cross(eye[None], moved[:, None]).mT  # a turn about each axis moves a point so
-    jacobian = torch.cat([by_point @ by_turn, by_point], -1).flatten(0, 1)
-    step = torch.linalg.lstsq(jacobian, -error.flatten()[:, None]).solution[:, 0]
-    turn = torch.linalg.matrix_exp(torch.linalg.cross(eye, step[None, :3]))
-    return turn @ pose[0], turn @ pose[1] + step[3:]
+def gauss_newton(pose, error):
+    """The pose (rotation, translation) after a step towards the least squares of error(rotations, translations) [m]."""
+    def moved(steps):  # [n, 6]: turns about the axes, moves along them
+        turn = torch.linalg.matrix_exp(torch.linalg.cross(torch.eye(3, dtype=torch.double)[None], steps[:, None, :3]))
+        return turn @ pose[0], turn @ pose[1] + steps[:, 3:]
+    small = 1e-6 * torch.eye(6, dtype=torch.double)
+    jacobian = (error(*moved(small)) - error(*moved(-small))).T / 2e-6
+    step = torch.linalg.lstsq(jacobian, -error(*pose)[:, None]).solution.T
+    return [x[0] for x in moved(step)]
 
 def angle(rotation):
     """Of a rotation [3, 3], in degrees."""
@@ -1127,7 +1123,7 @@ def judge_two_view(model, pairs):
         side, judged = pair["depth"].shape[-1], seen.flatten()[a]  # what both views see
         gap = (place.flatten(0, 1)[a] - side * zoo.centres(side, side)[b]).norm(dim=-1)[judged]
         true = pair["pose"][0].inverse().double() @ pair["pose"][1].double()
-        pose = torch.eye(4, dtype=torch.double) if result["pose"] is None else result["pose"]
+        pose = result["pose"]
         rows.append([(guess - points)[known].norm(dim=-1).mean(), depth, 100 * (gap < 0.05 * side).float().mean(),
                      angle(pose[:3, :3] @ true[:3, :3].T), 100 * (pose[:3, 3] - true[:3, 3]).norm()])
     rows = torch.tensor(rows)
@@ -1650,7 +1646,7 @@ def report(args, look, rows, picture=None, spread=None, **more):
 
 def table(rows, first="", spread=None):
     """Print {row: {column: number or text}} aligned; spread: the same shape, printed behind a ± where there is any."""
-    lines = [[first]] + [[name] for name in rows]
+    columns = [[first, *rows]]
     for column in dict.fromkeys(column for row in rows.values() for column in row):
         values = [row.get(column, "-") for row in rows.values()]
         most = max((abs(value) for value in values if not isinstance(value, str)), default=0)
@@ -1659,21 +1655,16 @@ def table(rows, first="", spread=None):
         cells = [value if isinstance(value, str) else f"{value:.{digits}f}" for value in values]
         if any(x > 0 for x in around):
             cells = [f"{cell} ±{x:.{digits}f}" for cell, x in zip(cells, around)]
-        width = max(map(len, [column, *cells])) + 2
-        for line, text in zip(lines, [column, *cells]):
-            line.append(text.rjust(width))
-    width = max(len(line[0]) for line in lines)
-    for line in lines:
-        print(line[0].ljust(width) + "".join(line[1:]))
+        columns.append([column, *cells])
+    left, *widths = [max(map(len, column)) for column in columns]
+    for name, *cells in zip(*columns):
+        print(name.ljust(left) + "".join(cell.rjust(2 + width) for cell, width in zip(cells, widths)))
 
 def mean_and_spread(values):
     """{row: [{column: value} of each seed]} -> {row: {column: mean}}, {row: {column: standard deviation}}."""
-    mean, spread = {}, {}
-    for name, rows in values.items():
-        columns = {column: [row[column] for row in rows] for column in rows[0]}
-        mean[name] = {column: float(np.mean(numbers)) for column, numbers in columns.items()}
-        spread[name] = {column: float(np.std(numbers)) for column, numbers in columns.items()}
-    return mean, spread
+    def over_seeds(of, rows):
+        return {column: float(of([row[column] for row in rows])) for column in rows[0]}
+    return [{name: over_seeds(of, rows) for name, rows in values.items()} for of in (np.mean, np.std)]
 
 def write_json(args, content):
     """Write a command's result file; what is not a finite number is null. Returns the path."""
