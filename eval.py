@@ -22,7 +22,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 
@@ -1034,7 +1033,7 @@ def two_view_pairs(args, look):
         places = (ROOM_SEEDS, ROOM_PAIRS), (data.TEST_SCENES, UNSEEN_PAIRS)
         batches = [zoo.room_pairs(start, count, look.size) for start, count in places]
         known, unseen = ([dict(zip(batch, pair)) for pair in zip(*batch.values())] for batch in batches)
-    return known, unseen, f"{len(known)} pairs, judged on {len(unseen)} {'' if args.data else 'of rooms '}not seen"
+    return known, unseen, f"{len(known)} pairs, judged on {len(unseen)} not seen"
 
 def read_pair(size, pair):
     """A pair as it is, or read from its files ((image, labels), (image, labels))."""
@@ -1123,9 +1122,9 @@ def judge_two_view(model, pairs):
         side, judged = pair["depth"].shape[-1], seen.flatten()[a]  # what both views see
         gap = (place.flatten(0, 1)[a] - side * zoo.centres(side, side)[b]).norm(dim=-1)[judged]
         true = pair["pose"][0].inverse().double() @ pair["pose"][1].double()
-        pose = result["pose"]
+        turn, move = result["pose"][:3, :3], result["pose"][:3, 3]
         rows.append([(guess - points)[known].norm(dim=-1).mean(), depth, 100 * (gap < 0.05 * side).float().mean(),
-                     angle(pose[:3, :3] @ true[:3, :3].T), 100 * (pose[:3, 3] - true[:3, 3]).norm()])
+                     angle(turn @ true[:3, :3].T), 100 * (move - true[:3, 3]).norm()])
     rows = torch.tensor(rows)
     names = "points m", "depth RMSE m", "matches %", "rotation °", "translation cm"
     return dict(zip(names, [*rows[:, :3].nanmean(0).tolist(), *rows[:, 3:].median(0).values.tolist()]))
@@ -1513,17 +1512,16 @@ def side_by_side(args, pictures):
     data.contact_sheet(rows, path, columns=["image", "truth", *pictures])
     return path
 
-def match_picture(images, matches, path, count=60):
+def match_picture(images, matches, path):
     """Write two PIL images side by side with some of their matches, from the best to the worst."""
     best = matches.similarity.argsort(descending=True)
-    shown = best[torch.linspace(0, len(best) - 1, min(count, len(best))).long()]
     looks = [np.asarray(x.resize([max(1, round(s * 480 / max(x.size))) for s in x.size])) for x in images]
-    return draw_matches(path, [looks], matches.a[shown], matches.b[shown], matches.error[shown])
+    return draw_matches(path, [looks], matches.a[best], matches.b[best], matches.error[best])
 
-def draw_matches(path, rows, places_a, places_b, error):
-    """Write pairs of pictures, uint8 [h, w, 3], side by side, with lines between matches over the first pair: green
-    within 5 % of the side, red beyond, blue if nothing is known. places [n, 2]: fractions of the sides; error as in
-    Matches. Returns the path."""
+def draw_matches(path, rows, places_a, places_b, error, count=60):
+    """Write pairs of pictures, uint8 [h, w, 3], side by side, with lines between `count` of the matches over the first
+    pair: green within 5 % of the side, red beyond, blue if nothing is known. places [n, 2]: fractions of the sides;
+    error as in Matches. Returns the path."""
     a, b = rows[0]
     left, height = a.shape[1] + 8, max(a.shape[0], b.shape[0]) + 8
     sheet = Image.new("RGB", (left + b.shape[1], height * len(rows) - 8), "white")
@@ -1531,20 +1529,20 @@ def draw_matches(path, rows, places_a, places_b, error):
         sheet.paste(Image.fromarray(row[0]), (0, i * height))
         sheet.paste(Image.fromarray(row[1]), (left, i * height))
     draw = ImageDraw.Draw(sheet)
-    for p, q, e in zip(places_a.tolist(), places_b.tolist(), error.tolist()):
-        colour = "#3af" if math.isnan(e) else "#2d3" if e <= 0.05 else "#f33"
-        ends = (p[0] * a.shape[1], p[1] * a.shape[0]), (left + q[0] * b.shape[1], q[1] * b.shape[0])
+    for k in np.linspace(0, len(error) - 1, min(count, len(error))).astype(int):
+        (x, y), (u, v) = places_a[k].tolist(), places_b[k].tolist()
+        colour = "#3af" if error[k].isnan() else "#2d3" if error[k] <= 0.05 else "#f33"
+        ends = (x * a.shape[1], y * a.shape[0]), (left + u * b.shape[1], v * b.shape[0])
         draw.line(ends, fill=colour, width=1)
         for end in ends:
             draw.circle(end, 3, outline=colour, width=2)
     return save_picture(sheet, path)
 
-def two_view_picture(path, images, result, lines=40):
+def two_view_picture(path, images, result):
     """Write a PNG: both images with the best matches that agree drawn between them, depth below (near is warm),
     confidence below (high is warm). Returns the path."""
-    pairs = torch.stack(result["matches"], 1).cpu()[result["inside"]][:4 * lines]
-    pairs = pairs[::max(1, len(pairs) // lines)][:lines]  # the best ones, thinned out
-    places = [zoo.centres(*image.shape[1:])[at] for image, at in zip(images, pairs.T)]
+    best = torch.stack(result["matches"]).cpu()[:, result["inside"]][:, :160]
+    places = [zoo.centres(*image.shape[1:])[at] for image, at in zip(images, best)]
     scale = max(1, 320 // max(images[0].shape))
 
     def colours(values):
@@ -1554,7 +1552,7 @@ def two_view_picture(path, images, result, lines=40):
             [colours(view["pts3d"][..., 2].clamp(min=1e-3)) for view in result["views"]],
             [colours(1 / view["conf"]) for view in result["views"]]]
     larger = [[picture.repeat(scale, 0).repeat(scale, 1) for picture in row] for row in rows]
-    return draw_matches(path, larger, *places, torch.full((len(pairs),), math.nan))
+    return draw_matches(path, larger, *places, torch.full((len(places[0]),), math.nan), count=40)
 
 def study_picture(path, scenes, said, grid, side=168, count=3):
     """Write DUNE's Figure 1 in miniature: test images, the truth, and what linear probes say. Returns the path.
@@ -1728,15 +1726,9 @@ def output(args, suffix):
 
 def check_places(args):
     """That what a command writes can be written, and the cache too, is known before the work, not after it."""
-    folders = {"--out": os.path.dirname(output(args, "")) or "."}
+    dune.check_folder(os.path.dirname(output(args, "")) or ".")
     if "train" in args:
-        folders["DUNE_CACHE"] = f"{data.cache_folder()}/features"
-    for name, folder in folders.items():
-        try:
-            os.makedirs(folder, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise Oops(f"cannot write in {folder}: {error.strerror}; choose another {name}") from None
+        dune.check_folder(f"{data.cache_folder()}/features")
     for path in (output(args, suffix) for suffix in (".json", ".png", ".ply", ".pt")):
         if os.path.isdir(path):
             raise Oops(f"cannot write {path}: there is a folder of that name; choose another --out")
