@@ -1403,38 +1403,34 @@ def pca_sheet(model, teachers, images, path):
     x = data.normalise(images.to(next(first.eval().parameters()).device))
     patch = (model.encoder if model else first).patch_size
     grid = (images.shape[-2] // patch, images.shape[-1] // patch)
-    columns = {"image": images.permute(0, 2, 3, 1).numpy()}
     projected = model(x) if model else {}
-    if model:
-        columns["student"] = pca_colours(model.encoder(x)["patch"], grid[0], patch)
+    groups = [{"student": model.encoder(x)["patch"]}] if model else []
     for t, teacher in teachers.items():
         features = teacher(x, grid)
-        features = (model.teacher_norms[t](features) if t in projected else features)["patch"]
-        basis = pca_basis(features)
-        columns[f"teacher\n{t}"] = pca_colours(features, grid[0], patch, basis)
         if t in projected:
-            columns[f"student as\n{t}"] = pca_colours(projected[t]["patch"], grid[0], patch, basis)
+            features = model.teacher_norms[t](features)
+        groups.append({f"teacher\n{t}": features["patch"]})
+        if t in projected:
+            groups[-1][f"student as\n{t}"] = projected[t]["patch"]
+    columns = {"image": images.permute(0, 2, 3, 1).numpy()}
+    for group in groups:
+        columns.update(zip(group, pca_colours(list(group.values()), grid, patch)))
     cell = max(112, min(256, *images.shape[-2:]))
     data.contact_sheet([list(row) for row in zip(*columns.values())], path, columns=list(columns), cell=cell)
     return path
 
-def pca_basis(features):
-    """What pca_colours shows of [n, N, D] patch features: (mean [D], three directions [D, 3], low [3], high [3])."""
-    flat = features.float().flatten(0, 1)
+def pca_colours(features, grid, scale):
+    """Several patch features [n, N, D] as colours, uint8 [n, rows*scale, cols*scale, 3] each: three principal
+    components of the first."""
+    flat = features[0].float().flatten(0, 1)
     mean = flat.mean(0)
     _, _, directions = torch.pca_lowrank(flat - mean, q=min(6, *flat.shape), center=False, niter=4)
     colours = (flat - mean) @ directions[:, :3]
     sign = colours.pow(3).sum(0).sign()  # a component's sign is arbitrary: fix it
     low, high = (colours * sign).quantile(torch.tensor([0.02, 0.98], device=colours.device), dim=0)
-    return mean, directions[:, :3] * sign, low, high
-
-def pca_colours(features, rows, scale, basis=None):
-    """[n, N, D] patch features -> uint8 [n, rows*scale, cols*scale, 3]: three principal components (their own, or
-    pca_basis of others)."""
-    mean, directions, low, high = basis or pca_basis(features)
-    colours = ((features.float() - mean) @ directions - low) / (high - low).clamp(min=1e-9)
-    small = (colours.clamp(0, 1) * 255).byte().unflatten(1, (rows, -1)).cpu().numpy()
-    return small.repeat(scale, 1).repeat(scale, 2)
+    colours = [((x.float() - mean) @ directions[:, :3] * sign - low) / (high - low).clamp(min=1e-9) for x in features]
+    small = [(x.clamp(0, 1) * 255).byte().unflatten(1, grid).cpu().numpy() for x in colours]
+    return [x.repeat(scale, 1).repeat(scale, 2) for x in small]
 
 COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b"]
 
@@ -1557,15 +1553,14 @@ def two_view_picture(path, images, result):
 def study_picture(path, scenes, said, grid, side=168, count=3):
     """Write DUNE's Figure 1 in miniature: test images, the truth, and what linear probes say. Returns the path.
     scenes, said: see study_row()."""
-    (objects, rooms, people), guess = ([on("cpu", x) for x in batches]
-                                       for batches in ([scenes[domain][3] for domain in said], said.values()))
-    kinds = objects["kind"], guess[0]["kind"].argmax(-1)
-    masks = F.one_hot(objects["patch"], len(data.KINDS) + 1), guess[0]["patch"].softmax(-1)
-    image, _, joint = people["at"]
-    true = torch.full((len(people["near"]), len(data.JOINTS), 2), math.nan)
-    true[image, joint] = people["truth"]
-    best = guess[2]["near"].argmax(1)
-    places = true, guess[2]["place"].take_along_dim(best[:, None, :, None], 1)[:, 0]
+    objects, rooms, people = ([on("cpu", scenes[domain][3]), on("cpu", said[domain])] for domain in data.SCENES)
+    kinds = objects[0]["kind"], objects[1]["kind"].argmax(-1)
+    masks = F.one_hot(objects[0]["patch"], len(data.KINDS) + 1), objects[1]["patch"].softmax(-1)
+    image, _, joint = people[0]["at"]
+    true = torch.full((len(people[0]["near"]), len(data.JOINTS), 2), math.nan)
+    true[image, joint] = people[0]["truth"]
+    best = people[1]["near"].argmax(1)
+    places = true, people[1]["place"].take_along_dim(best[:, None, :, None], 1)[:, 0]
     bones = bones_of(data.labelled_scenes("people", 0, 60, 28)["joints3d"][:, 0])
 
     def picture(domain, i):
@@ -1590,10 +1585,10 @@ def study_picture(path, scenes, said, grid, side=168, count=3):
     rows = []
     for i, k in enumerate(alone):
         thing, room, body = picture("objects", i), picture("rooms", i), picture("people", k)
-        ends = [end.exp().item() for end in rooms["depth"][i].aminmax()]
+        ends = rooms[0]["depth"][i].exp().aminmax()
         rows.append([thing, *(mask(thing, kind[i], patch[i]) for kind, patch in zip(kinds, masks)), room,
-                     *(depth_colours(large(x["depth"][i])[..., 0].exp(), *ends) for x in (rooms, guess[1])),
-                     *((127.5 + 127.5 * large(x["normals"][i])).byte() for x in (rooms, guess[1])),
+                     *(depth_colours(large(x["depth"][i])[..., 0].exp(), *ends) for x in rooms),
+                     *((127.5 + 127.5 * large(x["normals"][i])).byte() for x in rooms),
                      body, *(person(body, place[k]) for place in places)])
     columns = "object truth student room depth student normals student people truth student".split()
     data.contact_sheet(rows, path, columns)
