@@ -13,6 +13,7 @@ once and kept in the cache folder. A new command is a function and an entry in C
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -796,8 +797,7 @@ def command_two_view(args):
         picture = two_view_picture(output(args, ".png"), images, reconstruct(model, *images, stride=4))
         return print(f"wrote {picture}")
     if len(args.images) != 2:
-        raise Oops(f"two-view takes two images, not {len(args.images)}: eval.py two-view a.jpg b.jpg; or --run FOLDER "
-                   "alone, to train a decoder on that run's student")
+        raise Oops(f"two-view takes two images, not {len(args.images)}, or --run FOLDER alone to train a decoder")
     pictures = [data.load_image(path) for path in args.images]
     weights = args.weights[-1] if args.weights else f"{args.run}/two-view.pt" if args.run else None
     model = zoo.load_two_view(weights, args.device)
@@ -811,11 +811,9 @@ def command_two_view(args):
     picture = two_view_picture(output(args, ".png"), images, result)
     matches, agree = len(result["inside"]), int(result["inside"].sum())
     print(f"wrote {cloud} ({len(points):,} points) and {picture}\n{matches} matches, {agree} agree on one pose")
-    if min(result["focal"]) <= 1:
-        raise Oops("no focal length: the points lie where no camera sees them; other weights than the model's, or a "
-                   "decoder that has not learned?")
-    if agree < max(12, 0.2 * matches):
-        raise Oops(f"only {agree} of {matches} matches agree: no pose; do the two images overlap?")
+    if agree < max(12, 0.2 * matches) or min(result["focal"]) <= 1:
+        raise Oops(f"only {agree} of {matches} matches agree, focal length {min(result['focal']):.0f} px: no pose; "
+                   "do the two images overlap, has the decoder learned?")
     for path, focal, image in zip(args.images, result["focal"], images):
         height, width = image.shape[1:]
         field = 2 * math.degrees(math.atan(width / 2 / focal))
@@ -950,11 +948,11 @@ def write_ply(path, points, colours):
 # ---- Heads on a frozen encoder: the common part of two-view and people -----------------------------------------------
 
 def head_study(args, what, teacher, read, train, judge, layout):
-    """A head on the frozen student, on a teacher and on a random encoder, paper section 4 in miniature, with each seed.
-    Returns the student's first, which is kept in a file, and what is unseen.
+    """A head on the frozen student, on a teacher and on a random encoder, with each seed (paper section 4 in miniature)
+    -> the student's first, which is kept in a file, what it has not seen.
 
-    read(args, look) -> what to learn from, what is unseen, how much that is; train(encoder, known, look, args, title)
-    -> model; judge(model, unseen) -> {metric: value}; layout(model): its file.
+    read(args, look) -> what to learn from, what is unseen, how much; train(encoder, known, look, args, title) -> model;
+    judge(model, unseen) -> {metric: value}; layout(model): its file.
     """
     args.teacher = args.teacher or [teacher]
     look = subject(args)
@@ -1004,8 +1002,8 @@ def labelled_square(image, labels, size, shapes):
         fits = x.ndim == len(sides) and all(known.setdefault(side, n) == n for side, n in zip(sides, x.shape))
         finite = name == "depth" or x.isfinite().all()
         if not (fits and finite) or name in ("K", "pose") and not x.det().abs() > 1e-6:
-            raise Oops(f"{labels}: {name} is {list(x.shape)}, expected [{', '.join(sides)}] (H, W: the image's), "
-                       "finite, of a camera with an inverse; leave out frames without")
+            raise Oops(f"{labels}: {name} is {list(x.shape)}, expected [{', '.join(sides)}], H and W as the image, "
+                       "finite, a camera's with an inverse; leave out frames without")
     x0, y0, x1, y1 = box = data.centre(*picture.size)
     scale = size / (x1 - x0)
     found["K"] = torch.tensor([[scale, 0, -x0 * scale], [0, scale, -y0 * scale], [0, 0, 1]]) @ found["K"]
@@ -1027,7 +1025,7 @@ def two_view_pairs(args, look):
     if args.data:
         pairs = [pair for paths in with_labels(args.data[0]) for pair in itertools.pairwise(paths)]
         what = "pairs: neighbours by name in each sub-folder, NAME.jpg beside NAME.npz (depth, K, pose)"
-        known, unseen = known_and_unseen(pairs, args.data[0], what, between=1)  # it shares an image with the next
+        known, unseen = known_and_unseen(pairs, args.data[0], what, between=1)  # two neighbours share an image
         unseen = [read_pair(look.size, pair) for pair in unseen]
     else:
         places = (ROOM_SEEDS, ROOM_PAIRS), (data.TEST_SCENES, UNSEEN_PAIRS)
@@ -1142,8 +1140,7 @@ def command_people(args):
         head_study(args, "people head", "multihmr", people_scenes, train_people, judge, zoo.people_layout)
         return
     if len(args.images) != 1:
-        raise Oops(f"people takes one image, not {len(args.images)}: eval.py people photo.jpg; or --run FOLDER alone, "
-                   "to train a head on that run's student")
+        raise Oops(f"people takes one image, not {len(args.images)}, or --run FOLDER alone to train a head")
     photo = args.images[0]
     picture, fov = data.load_image(photo), args.fov or exif_fov(photo) or 60
     path = args.weights[-1] if args.weights else f"{args.run or '.'}/people.pt"
@@ -1155,7 +1152,7 @@ def command_people(args):
     K = torch.tensor([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
     shrink = torch.tensor([[image.shape[2] / width], [image.shape[1] / height], [1]])
     images, cameras = data.normalise(image[None].to(args.device)), (shrink * K)[None].to(args.device)
-    people = [{key: value.cpu() for key, value in person.items()} for person in model(images, cameras)[0]]
+    people = [on("cpu", person) for person in model(images, cameras)[0]]
     print(f"{len(people) or 'no'} people; the view is {fov:.1f} degrees wide (the longer side)")
     for person in people:  # in the photograph's pixels
         person["joints2d"] = zoo.project(person["joints3d"], K)
@@ -1167,13 +1164,10 @@ def command_people(args):
     print(f"wrote {drawn}, {write_json(args, {'fov': fov, 'K': K.tolist(), 'people': content})}")
 
 def exif_fov(path):
-    """Degrees across the longer side, from the EXIF focal length (of 35 mm film); 0 if there is none."""
-    try:
-        with Image.open(path) as image:
-            focal = float(image.getexif().get_ifd(0x8769)[0xA405])
-        return math.degrees(2 * math.atan(18 / focal)) if 0.2 < focal < 2000 else 0
-    except Exception:  # none, or broken in a whole picture
-        return 0
+    """Degrees across the longer side, from the EXIF focal length (of 35 mm film); None if there is none."""
+    with contextlib.suppress(Exception), Image.open(path) as image:  # none, or broken in a whole picture
+        focal = float(image.getexif().get_ifd(0x8769)[0xA405])
+        return math.degrees(2 * math.atan(18 / focal)) if 0.2 < focal < 2000 else None
 
 def people_scenes(args, look):
     """Scenes to learn from, unseen ones, how many; both {"image" uint8 [n, 3, S, S], "K" [n, 3, 3], "joints3d"
@@ -1218,8 +1212,8 @@ def train_people(encoder, scenes, look, args, title, batch=32):
         labels = [scenes[key][rows].to(look.device) for key in ("K", "joints3d", "visible")]
         with torch.autocast(look.device.type, torch.bfloat16, enabled=dune.fast_bf16(look.device)):
             return people_loss(model, tokens[rows.to(look.device)].float(), look.grid, *labels)
-    groups = [{"params": [p for part in (model.norm, model.embed, model.blocks, model.last, model.out)
-                          for p in part.parameters()]},
+    deep = nn.ModuleList([model.norm, model.embed, model.blocks, model.last, model.out])
+    groups = [{"params": list(deep.parameters())},
               {"params": list(model.score.parameters()), "lr": 3e-2}]  # linear: as fast as a probe
     zoo.fit(groups, loss, args.steps, 3e-3, weight_decay=0.05, clip=1.0, what=title)
     return model.eval()
@@ -1261,7 +1255,7 @@ def judge_people(model, scenes, pelvis=None):
         found = model(data.normalise(image[None].to(device)), K[None].to(device))[0]
         guesses += len(found)
         seen, free = zoo.project(joints, K), visible.nonzero()[:, 0].tolist()
-        for person in ({key: value.cpu() for key, value in person.items()} for person in found):
+        for person in (on("cpu", person) for person in found):
             gap = (seen - person["joints2d"]).norm(dim=-1) / model.size
             best = min(free, key=lambda k: gap[k, model.head], default=None)
             if best is None or gap[best, model.head] > 0.05:
@@ -1601,18 +1595,17 @@ def people_picture(path, picture, people, K, bones, height=480):
     photo, draw = ImageDraw.Draw(picture), ImageDraw.Draw(sheet)
     ends = torch.cat([torch.tensor([[1.5, 0.0, 3.0]]), *(person["joints3d"] for person in people)]).abs().amax(0)
     reach = math.ceil(max(2 * ends[0], ends[2])) + 1
-    metre, camera = (height - 30) / reach, torch.tensor([picture.width + height / 2, height - 20])
+    metre, x, y = (height - 30) / reach, picture.width + height / 2, height - 20  # the camera's place
     for k in range(reach):
-        y = camera[1].item() - k * metre
-        draw.line((picture.width, y, sheet.width, y), "#ddd")
-        draw.text((picture.width + 6, y), f"{k} m", "#777", font_size=12, anchor="lb")
+        draw.line((picture.width, y - k * metre, sheet.width, y - k * metre), "#ddd")
+        draw.text((picture.width + 6, y - k * metre), f"{k} m", "#777", font_size=12, anchor="lb")
     for side in (-1, 1):  # what the camera sees
-        edge = camera + reach * metre * torch.tensor([side * K[0, 2] / K[0, 0], -1])
-        draw.line((*camera.tolist(), *edge.tolist()), "#aaa")
-    draw.text((camera + torch.tensor([0, 4])).tolist(), "camera", "#777", font_size=12, anchor="mt")
+        edge = x + side * reach * metre * (K[0, 2] / K[0, 0]).item()
+        draw.line((x, y, edge, y - reach * metre), "#aaa")
+    draw.text((x, y + 4), "camera", "#777", font_size=12, anchor="mt")
     for k, person in reversed(list(enumerate(people))):  # the surest on top
         colour = COLOURS[k % len(COLOURS)]
-        above = camera + metre * person["joints3d"][:, [0, 2]] * torch.tensor([1, -1])
+        above = torch.tensor([x, y]) + metre * person["joints3d"][:, [0, 2]] * torch.tensor([1, -1])
         draw_skeleton(draw, above, bones, colour)
         draw_skeleton(photo, person["joints2d"] * height / (2 * K[1, 2]), bones, colour)
         draw.text(above.amax(0).tolist(), f"{person['distance']:.1f} m", colour, font_size=15)
