@@ -948,8 +948,8 @@ def write_ply(path, points, colours):
 # ---- Heads on a frozen encoder: the common part of two-view and people -----------------------------------------------
 
 def head_study(args, what, teacher, read, train, judge, layout):
-    """A head on the frozen student, on a teacher and on a random encoder, with each seed (paper section 4 in miniature)
-    -> the student's first, which is kept in a file, what it has not seen.
+    """A head on the frozen student, a teacher and a random encoder, for each seed: paper section 4 in miniature.
+    Returns the student's first, which is kept in a file, and what it has not seen.
 
     read(args, look) -> what to learn from, what is unseen, how much; train(encoder, known, look, args, title) -> model;
     judge(model, unseen) -> {metric: value}; layout(model): its file.
@@ -959,19 +959,20 @@ def head_study(args, what, teacher, read, train, judge, layout):
     known, unseen, amount = read(args, look)
     encoders = {"student": look.model.encoder, **{f"teacher {t}": teacher.vit for t, teacher in look.teachers.items()},
                 "random encoder": random_encoder(look, args.seed)}
-    values, path, kept = {name: [] for name in encoders}, output(args, ".pt"), None
+    values = {name: [] for name in encoders}
+    path = output(args, ".pt")
     for name, seed in itertools.product(encoders, range(args.seed, args.seed + args.seeds)):
         torch.manual_seed(seed)
         model = train(encoders[name], known, look, args, f"{what} on the {name}")
         values[name].append(judge(model, unseen))
-        if kept is None:
-            kept = model
+        if name == "student" and seed == args.seed:
+            first = model
             with dune.writing(path) as file:
-                torch.save(layout(kept), file)
+                torch.save(layout(first), file)
     mean, spread = mean_and_spread(values)
     print(f"a {what} on each frozen encoder, {args.steps} steps, {amount}")
     report(args, look, mean, f"{path} (the student with its head, for --weights)", spread, values=values)
-    return kept, unseen
+    return first, unseen
 
 def with_labels(root):
     """[[(NAME.jpg (.png, .webp), the NAME.npz beside it)] of each folder in `root`, itself too], as paths."""
@@ -979,26 +980,28 @@ def with_labels(root):
              if (labels := os.path.splitext(name)[0] + ".npz") in names] for folder, _, names in sorted(os.walk(root))]
 
 def known_and_unseen(items, root, what, between=0):
-    """Of what a folder holds: what to learn from, and the last fifth (32 at most), `between` items further."""
+    """Of what a folder holds: what to learn from, and the last fifth (32 at most), `between` of them in neither."""
     if len(items) < 2:
         raise Oops(f"{root} holds fewer than two {what}")
     held = min(32, len(items) // 5 + 1)
     return items[:max(1, len(items) - held - between)], items[-held:]
 
-def labelled_square(image, labels, size, shapes):
-    """An image's centre square and its labels, an .npz file: {"image": uint8 [3, size, size]; "K" [3, 3] in its pixels;
-    "depth" [size, size], 0 where it is not known; others as they are}. shapes: {name: sides}, a letter one number
-    wherever it stands; "visible" may be missing."""
+# The arrays of an .npz file; a letter is one number wherever it stands, H and W are the image's.
+LABELS = {"K": "3 3", "pose": "4 4", "depth": "H W", "joints3d": "P J 3", "visible": "P"}
+
+def labelled_square(image, labels, size, names):
+    """An image's centre square and labels (names of LABELS; "visible" may be missing): {"image": uint8 [3, size, size];
+    "K" in its pixels; "depth" [size, size], 0 where it is not known; others as they are}."""
     picture = data.load_image(image)
     try:
         with np.load(dune.regular(labels)) as file:
-            names = [name for name in shapes if name in file or name != "visible"]
+            names = [name for name in names if name in file or name != "visible"]
             found = {name: torch.from_numpy(file[name].astype(np.float32)) for name in names}
     except Exception as error:  # numpy's errors for foreign files are of many types
         raise Oops(f"cannot read {labels}: {data.reason(error)}") from None
     known = {"3": 3, "4": 4, "H": picture.height, "W": picture.width}
     for name, x in found.items():
-        sides = shapes[name].split()
+        sides = LABELS[name].split()
         fits = x.ndim == len(sides) and all(known.setdefault(side, n) == n for side, n in zip(sides, x.shape))
         finite = name == "depth" or x.isfinite().all()
         if not (fits and finite) or name in ("K", "pose") and not x.det().abs() > 1e-6:
@@ -1037,7 +1040,7 @@ def read_pair(size, pair):
     """A pair as it is, or read from its files ((image, labels), (image, labels))."""
     if isinstance(pair, dict):
         return pair
-    one, two = (labelled_square(*files, size, {"depth": "H W", "K": "3 3", "pose": "4 4"}) for files in pair)
+    one, two = (labelled_square(*files, size, ("depth", "K", "pose")) for files in pair)
     return {key: torch.stack([one[key], two[key]]) for key in one}
 
 def train_two_view(encoder, pairs, look, args, title, batch=8):
@@ -1130,7 +1133,6 @@ def judge_two_view(model, pairs):
 # ---- People in one photograph: a head on a frozen encoder, see zoo.People --------------------------------------------
 
 PEOPLE_SEEDS, PEOPLE, UNSEEN_PEOPLE = 6 * 10**8, 3000, 500
-PEOPLE_LABELS = {"joints3d": "P J 3", "K": "3 3", "visible": "P"}
 
 def command_people(args):
     if not args.images and (args.run or args.checkpoint):
@@ -1174,7 +1176,7 @@ def people_scenes(args, look):
     [n, P, J, 3], "visible" bool [n, P]}: procedural people, or a folder's NAME.jpg beside NAME.npz."""
     if args.data:
         files = itertools.chain(*with_labels(args.data[0]))
-        scenes = [labelled_square(*pair, look.size, PEOPLE_LABELS) for pair in files]
+        scenes = [labelled_square(*pair, look.size, ("joints3d", "K", "visible")) for pair in files]
         for scene in scenes:
             scene.setdefault("visible", torch.ones(len(scene["joints3d"])))
         if len({scene["joints3d"].shape[1] for scene in scenes}) > 1:
@@ -1390,9 +1392,9 @@ def command_pca(args):
 
 @torch.no_grad()
 def pca_sheet(model, teachers, images, path):
-    """Write the paper's Figure 2 for uint8 images [n, 3, H, W] and return the path: image, the student's own features,
-    then for each teacher its features (standardised) and what the student says through that projector, in the same
-    colours. model may be None."""
+    """Write the paper's Figure 2 for uint8 images [n, 3, H, W]: image, the student's own features, for each teacher its
+    features (standardised) and what the student says through that projector, in the same colours. model may be None.
+    Returns the path."""
     first = model or next(iter(teachers.values()))
     x = data.normalise(images.to(next(first.eval().parameters()).device))
     patch = (model.encoder if model else first).patch_size
@@ -1401,11 +1403,10 @@ def pca_sheet(model, teachers, images, path):
     groups = [{"student": model.encoder(x)["patch"]}] if model else []
     for t, teacher in teachers.items():
         features = teacher(x, grid)
-        if t in projected:
-            features = model.teacher_norms[t](features)
         groups.append({f"teacher\n{t}": features["patch"]})
         if t in projected:
-            groups[-1][f"student as\n{t}"] = projected[t]["patch"]
+            standard = model.teacher_norms[t](features)["patch"]
+            groups[-1] = {f"teacher\n{t}": standard, f"student as\n{t}": projected[t]["patch"]}
     columns = {"image": images.permute(0, 2, 3, 1).numpy()}
     for group in groups:
         columns.update(zip(group, pca_colours(list(group.values()), grid, patch)))
@@ -1565,7 +1566,7 @@ def study_picture(path, scenes, said, grid, side=168, count=3):
         return F.interpolate(maps, (side, side), mode="bilinear")[0].permute(1, 2, 0)
 
     def mask(look, kind, patch):
-        colours = palette(len(data.KINDS))[large(patch).argmax(-1) - 1]  # the last one is the background's
+        colours = palette(len(data.KINDS))[large(patch).argmax(-1).numpy() - 1]  # the last is the background's
         look = Image.fromarray((0.4 * np.asarray(look) + 0.6 * colours).astype(np.uint8))
         ImageDraw.Draw(look).text((6, side - 4), list(data.KINDS)[kind], "white", font_size=18, anchor="ls")
         return look
@@ -1595,7 +1596,8 @@ def people_picture(path, picture, people, K, bones, height=480):
     photo, draw = ImageDraw.Draw(picture), ImageDraw.Draw(sheet)
     ends = torch.cat([torch.tensor([[1.5, 0.0, 3.0]]), *(person["joints3d"] for person in people)]).abs().amax(0)
     reach = math.ceil(max(2 * ends[0], ends[2])) + 1
-    metre, x, y = (height - 30) / reach, picture.width + height / 2, height - 20  # the camera's place
+    metre = (height - 30) / reach
+    x, y = picture.width + height / 2, height - 20  # the camera's place
     for k in range(reach):
         draw.line((picture.width, y - k * metre, sheet.width, y - k * metre), "#ddd")
         draw.text((picture.width + 6, y - k * metre), f"{k} m", "#777", font_size=12, anchor="lb")

@@ -185,7 +185,7 @@ def test_a_folder_of_people_is_cut_with_its_camera(tmp_path):
     result = json.loads((tmp_path / "people.json").read_text())
     assert list(result["results"]) == ["student", "teacher multihmr", "random encoder"]
     assert len(result["values"]["student"]) == 2 and zoo.load_people("people.pt").head == 2
-    scene = ev.labelled_square(f"{folder}/0.jpg", f"{folder}/0.npz", 112, ev.PEOPLE_LABELS)
+    scene = ev.labelled_square(f"{folder}/0.jpg", f"{folder}/0.npz", 112, ("joints3d", "K", "visible"))
     drawn = data.labelled_scenes("people", 0, 1, 140)
     there = zoo.project(drawn["joints3d"][0], drawn["K"][0])[:len(scene["joints3d"]), 0]
     place = zoo.project(scene["joints3d"], scene["K"])[:, 2]  # 140 px from the 25th of 190 on, then 112 of them
@@ -282,7 +282,8 @@ def test_what_is_wrong_is_one_line(tmp_path, weights, monkeypatch):
         (dict(joints3d=np.ones((1, 7, 3)), visible=np.ones(1)), "different numbers of joints"),
         (dict(visible=np.ones(9)), r"0.npz: visible is \[9\], expected \[P\]"),
         (dict(K=np.zeros((3, 3))), "0.npz: K is .* with an inverse"),
-        (dict(K=np.eye(4)), r"0.npz: K is \[4, 4\], expected \[3, 3\]"), (dict(K=np.array(["a"])), "cannot read .*0.npz")]
+        (dict(K=np.eye(4)), r"0.npz: K is \[4, 4\], expected \[3, 3\]"),
+        (dict(K=np.array(["a"])), "cannot read .*0.npz")]
     for i, (changed, words) in enumerate(folders):
         cases.append(([*run, "--data", write_folder(tmp_path / f"folder{i}", 3, **changed)], words))
     cases.append(([*run, "--data", write_folder(tmp_path / "few", 3), "--head", "4"], "4 joints here"))
