@@ -283,6 +283,6 @@ def test_a_command_of_eval(command, gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "STUDY", dict(train=8, test=4, pairs=1))
     for name, few in {"CHUNK": 4, "PROBE_STEPS": 2, "ROOM_PAIRS": 4, "UNSEEN_PAIRS": 1}.items():
         monkeypatch.setattr(evaluation, name, few)
-    monkeypatch.setattr(evaluation, "judge_people", lambda *args: {"found": 1.0})  # reads an index
+    monkeypatch.setattr(evaluation, "judge_people", lambda *args, pelvis: {"found": 1.0})  # reads an index
     weights = ["--weights=mast3r=random", "--weights=multihmr=random"]
     evaluation.main([*command.split(), "--run", str(tmp_path), *weights, "--device", "cuda"])

@@ -209,7 +209,7 @@ def test_what_is_wrong_with_a_folder_of_pairs_is_told(folder, tmp_path):
     for wrong, words in (({"pose": np.full((4, 4), -np.inf)}, r"0.npz: pose is \[4, 4\], .* finite"),
                          ({"K": np.zeros((3, 3))}, r"0.npz: K is \[3, 3\], .* with an inverse"),
                          ({"depth": np.full_like(good["depth"], np.nan)}, "0.npz: no depth between"),
-                         ({"depth": good["depth"][1:]}, r"0.npz: depth is \[111, 140\], expected \[H, W\], H and W as the image"),
+                         ({"depth": good["depth"][1:]}, r"0.npz: depth is \[111, 140\], expected \[H, W\]"),
                          ({"pose": np.array(["a"])}, "cannot read .*0.npz")):
         np.savez(camera, **{**good, **wrong})
         with pytest.raises(Oops, match=words):
