@@ -1183,8 +1183,8 @@ def people_scenes(args, look):
             raise Oops(f"{args.data[0]} holds people with different numbers of joints")
         what = "pairs: NAME.jpg beside NAME.npz with joints3d, K and perhaps visible"
         pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)  # of as many people
-        parts = [{key: pad([scene[key] for scene in part]) for key in part[0]}
-                 for part in known_and_unseen(scenes, args.data[0], what)]
+        parts = known_and_unseen(scenes, args.data[0], what)
+        parts = [{key: pad([scene[key] for scene in part]) for key in part[0]} for part in parts]
     else:
         places = (PEOPLE_SEEDS, PEOPLE), (data.TEST_SCENES + 3 * 10**8, UNSEEN_PEOPLE)
         parts = [data.labelled_scenes("people", start + 10**6 * args.seed, n, look.size) for start, n in places]
@@ -1509,10 +1509,10 @@ def match_picture(images, matches, path):
     looks = [np.asarray(x.resize([max(1, round(s * 480 / max(x.size))) for s in x.size])) for x in images]
     return draw_matches(path, [looks], matches.a[best], matches.b[best], matches.error[best])
 
-def draw_matches(path, rows, places_a, places_b, error, count=60):
-    """Write pairs of pictures, uint8 [h, w, 3], side by side, with lines between `count` of the matches over the first
-    pair: green within 5 % of the side, red beyond, blue if nothing is known. places [n, 2]: fractions of the sides;
-    error as in Matches. Returns the path."""
+def draw_matches(path, rows, places_a, places_b, error, count=50):
+    """Write pairs of pictures, uint8 [h, w, 3], side by side, with lines between some matches over the first pair:
+    green within 5 % of the side, red beyond, blue if nothing is known. places [n, 2]: fractions of the sides; error as
+    in Matches. Returns the path."""
     a, b = rows[0]
     left, height = a.shape[1] + 8, max(a.shape[0], b.shape[0]) + 8
     sheet = Image.new("RGB", (left + b.shape[1], height * len(rows) - 8), "white")
@@ -1543,7 +1543,7 @@ def two_view_picture(path, images, result):
             [colours(view["pts3d"][..., 2].clamp(min=1e-3)) for view in result["views"]],
             [colours(1 / view["conf"]) for view in result["views"]]]
     larger = [[picture.repeat(scale, 0).repeat(scale, 1) for picture in row] for row in rows]
-    return draw_matches(path, larger, *places, torch.full((len(places[0]),), math.nan), count=40)
+    return draw_matches(path, larger, *places, torch.full((len(places[0]),), math.nan))
 
 def study_picture(path, scenes, said, grid, side=168, count=3):
     """Write DUNE's Figure 1 in miniature: test images, the truth, and what linear probes say. Returns the path.
