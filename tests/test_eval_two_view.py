@@ -112,6 +112,10 @@ def test_two_photographs_to_a_point_cloud(tmp_path, monkeypatch, capsys):
         ev.main(arguments)
     assert "turned by" not in capsys.readouterr().out
     monkeypatch.setattr(zoo, "load_two_view", lambda *_: Knows(pair))
+    with monkeypatch.context() as no_camera, pytest.raises(Oops, match="focal length 1 px: no pose"):
+        no_camera.setattr(ev, "estimate_focal", lambda *_: 1.0)
+        ev.main(arguments)
+    capsys.readouterr()
     ev.main(arguments)
     text = capsys.readouterr().out
     header, body = (tmp_path / "out" / "room.ply").read_bytes().split(b"end_header\n")
