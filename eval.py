@@ -199,7 +199,7 @@ def study_row(reader, scenes, grid, seed, steps=None, said=None):
         torch.manual_seed(seed)
         probe = trained_probe(zoo.Probe(domain, x["patch"].shape[-1], grid), x, targets, steps)
         with torch.no_grad():
-            out = probe(y, truth)
+            out = probe(y)
         row.update(probe.metrics(out, truth))
         if said is not None:
             said[domain] = out
@@ -219,7 +219,7 @@ def trained_probe(probe, features, targets, steps):
 
     def loss(step):
         part, truth = pairs[step % len(pairs)]
-        return probe.loss(probe(part, truth), truth)
+        return probe.loss(probe(part), truth)
     zoo.fit(list(probe.parameters()), loss, steps, 1e-1)
     return probe
 
@@ -1072,7 +1072,7 @@ def train_two_view(encoder, pairs, name, patch, steps, batch=8, device="cpu", se
         # In a few hundred steps 0.075, MASt3R's, teaches no descriptors.
         return two_view_loss(views, zoo.pair_geometry(part), matching=1.0 if tiny else 0.075)
     what = f"two-view decoder on the {name}"
-    zoo.fit(groups, loss, steps, 6e-3 if tiny else 1e-4, betas=(0.9, 0.95), clip=1.0, what=what)
+    zoo.fit(groups, loss, steps, 6e-3 if tiny else 1e-4, beta2=0.95, clip=1.0, what=what)
     return model.eval()
 
 @torch.no_grad()
@@ -1082,7 +1082,7 @@ def begin_two_view(model, images, patch):
         for conv in head.modules():
             if isinstance(conv, nn.Conv2d):  # torch's own start lets a signal shrink by 0.58 in each of a dozen layers
                 nn.init.kaiming_normal_(conv.weight, nonlinearity="linear")
-        last, local = head.dpt.head["4"], head.head_local_features.fc2
+        last, local = head.dpt.head[4], head.head_local_features.fc2
         nn.init.normal_(last.weight, std=1e-3)  # all points begin three metres ahead
         last.bias.copy_(torch.tensor([0.0, 0.0, math.log(4), 0.0]))
         weight = local.weight.view(-1, model.patch**2, local.in_features)

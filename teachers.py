@@ -25,10 +25,13 @@ from dune import Attention, Mlp, Oops, SIZES, ViT
 
 # ---- The table -------------------------------------------------------------------------------------------------------
 
+IMAGENET = IMAGENET_MEAN, IMAGENET_STD  # two normalisations of images
+HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
 @dataclass(frozen=True)
 class Teacher:
     """One row of TEACHERS: where its weights are, where the encoder is in the file, how it differs from a plain ViT."""
-    url: str                     # of its file; of a gated one: of the page to ask for it; "": only by --weights
+    url: str                     # of its file; of a gated one: of the page to ask for it
     license: str
     gated: str = ""              # what to ask for there
     inside: str = ""             # the key of the file that holds the state dict ("" = the file is it)
@@ -39,8 +42,7 @@ class Teacher:
     vit: dict = field(default_factory=dict)     # options of ViT that the tensors do not show: position, eps, gelu
     pool: str = ""               # what its class feature is: "" = its class token, or see FrozenTeacher
     distil_cls: bool = True      # whether its class token is worth learning: Multi-HMR never trained its own
-    mean: tuple = IMAGENET_MEAN  # the normalisation that this teacher's images want
-    std: tuple = IMAGENET_STD
+    normalisation: tuple = IMAGENET  # (mean, std) of the images that it wants
     domain: str = "objects"      # what it knows, a name of data.SCENES
     generic: bool = False        # its data shows everything there is: with --sharing own+generic all teachers see it
     shape: dict = field(default_factory=dict)   # published size, for random weights; a file's is read off its tensors
@@ -51,7 +53,6 @@ NAVER = "https://download.europe.naverlabs.com/ComputerVision/"
 BYTE = "https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/"
 HUB = "https://huggingface.co/"
 DEPTH = HUB + "depth-anything/Depth-Anything-V2-{}/resolve/main/depth_anything_v2_{}.pth"
-HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 # Published sizes, and what families have in common
 SMALL, BASE, LARGE = SIZES["small"], SIZES["base"], SIZES["large"]
@@ -62,8 +63,8 @@ CROCO = dict(license="CC BY-NC-SA 4.0", inside="model", prefix=r"enc_(?=blocks|n
              vit=dict(position="rope"), shape=VIT16 | LARGE | dict(class_token=False))
 DUNE = dict(license="CC BY-NC-SA 4.0", inside="model", prefix=r"((module|_orig_mod)\.)*encoder\.")
 DEPTH_ANY = dict(prefix=r"pretrained\.", distil_cls=False, domain="rooms")  # its head reads patches alone
-SIGLIP = dict(license="Apache-2.0", layout="siglip", prefix=r"vision_model\.", pool="attention", generic=True, **HALF,
-              vit=dict(position="size", gelu="tanh"),
+SIGLIP = dict(license="Apache-2.0", layout="siglip", prefix=r"vision_model\.", pool="attention", generic=True,
+              normalisation=HALF, vit=dict(position="size", gelu="tanh"),
               rename={r"^embeddings\.patch_embedding\.": "patch_embed.proj.", r"^encoder\.layers\.": "blocks.",
                       r"^embeddings\.position_embedding\.weight$": "pos_embed", r"\.layer_norm(\d)\.": r".norm\1.",
                       r"\.self_attn\.out_proj\.": ".attn.proj.", r"^post_layernorm\.": "norm.", r"^head\.": "pool."})
@@ -75,7 +76,8 @@ EUPE = dict(V3, license="FAIR noncommercial", gated="its .pt file")
 TEACHERS = {
     # DUNE's three: 2D, 3D scenes, 3D people. Its DINOv2 resizes positions as those without registers do.
     "dinov2": Teacher(DINOV2.format("vitl14", "_reg4"), "Apache-2.0", generic=True, shape=VIT14 | LARGE | REGISTERS),
-    "mast3r": Teacher(NAVER + "MASt3R/MASt3R_ViTLarge_BaseDecoder_512_catmlpdpt_metric.pth", **HALF, **CROCO),
+    "mast3r": Teacher(NAVER + "MASt3R/MASt3R_ViTLarge_BaseDecoder_512_catmlpdpt_metric.pth",
+                      normalisation=HALF, **CROCO),
     "multihmr": Teacher(NAVER + "MultiHMR/multiHMR_672_L.pt", "CC BY-NC-SA 4.0", inside="model_state_dict",
                         prefix=r"backbone\.encoder\.", distil_cls=False, domain="people", shape=VIT14 | LARGE),
     # DINOv2 as its hub builds it, and smaller ones without registers
@@ -97,7 +99,7 @@ TEACHERS = {
     "dune_base": Teacher(dune.PUBLISHED.format("dune_vitbase14_448"), shape=VIT14 | BASE | REGISTERS, **DUNE),
     "dune_small": Teacher(dune.PUBLISHED.format("dune_vitsmall14_448"), shape=VIT14 | SMALL | REGISTERS, **DUNE),
     # 3D scenes and depth
-    "dust3r": Teacher(NAVER + "DUSt3R/DUSt3R_ViTLarge_BaseDecoder_512_dpt.pth", **HALF, **CROCO),
+    "dust3r": Teacher(NAVER + "DUSt3R/DUSt3R_ViTLarge_BaseDecoder_512_dpt.pth", normalisation=HALF, **CROCO),
     "croco": Teacher(NAVER + "CroCo/CroCo_V2_ViTLarge_BaseDecoder.pth", **CROCO),
     "vggt": Teacher(HUB + "facebook/VGGT-1B/resolve/main/model.pt", "VGGT, non-commercial", domain="rooms",
                     prefix=r"aggregator\.patch_embed\.", vit=dict(position="antialias"), distil_cls=False,
@@ -126,24 +128,24 @@ TEACHERS = {
 class FrozenTeacher(nn.Module):
     """A teacher's encoder behind one interface: ImageNet-normalised images in, tokens on the asked grid out, frozen.
 
-    pool    where a class feature comes from that is no class token: the "mean" of the patch tokens, through the norm,
-            which they then stay without (dBOT); or an AttentionPool of them (SigLIP)
+    vit     of a teacher whose class feature is an AttentionPool of the patch tokens (SigLIP): with it, as vit.pool; the
+            other class feature that is no token is their "mean", through the norm, which they then stay without (dBOT)
     dtype   bf16: so are the weights of matrix products, which run under autocast; all else is fp32, also what goes from
             block to block. The features have this type.
     """
 
-    def __init__(self, name, vit, pool=None, dtype=torch.float32):
+    def __init__(self, name, vit, dtype=torch.float32):
         super().__init__()
         row = TEACHERS[name]
         self.name = name
         self.vit = vit
-        self.pool = pool
+        self.pool = row.pool
         self.dtype = dtype
         self.dim = vit.embed_dim
         self.patch_size = vit.patch_size
-        self.gives_cls = bool(pool) or vit.cls_token is not None
+        self.gives_cls = bool(row.pool) or vit.cls_token is not None
         self.has_cls = self.gives_cls and row.distil_cls  # whether a student learns a class token from it
-        self.prepare = Prepare(IMAGENET_MEAN, IMAGENET_STD, row.mean, row.std)
+        self.prepare = Prepare(vit, IMAGENET, row.normalisation)
         self.eval().requires_grad_(False)
         if dtype != torch.float32:
             for module in self.modules():
@@ -157,7 +159,7 @@ class FrozenTeacher(nn.Module):
         grid (rows, cols): the token grid that is wanted; images of another size are resized to it. None: as they are.
         """
         if len(images) == 0:
-            rows, cols = grid or [side // self.patch_size for side in images.shape[-2:]]
+            rows, cols = grid or dune.token_grid(images, self.patch_size)
             cls = images.new_empty(0, self.dim, dtype=self.dtype) if self.gives_cls else None
             return {"cls": cls, "patch": images.new_empty(0, rows * cols, self.dim, dtype=self.dtype)}
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -166,25 +168,31 @@ class FrozenTeacher(nn.Module):
 
     def features(self, images, grid=None):
         """forward(), with gradient: for a specialist that still learns."""
-        size = tuple(n * self.patch_size for n in grid) if grid else images.shape[-2:]
-        features = self.vit(self.prepare(images, size), norm=self.pool != "mean")
+        features = self.vit(self.prepare(images, grid), norm=self.pool != "mean")
         if self.pool == "mean":
             features["cls"] = self.vit.norm(features["patch"].mean(1))
-        elif self.pool:
-            features["cls"] = self.pool(features["patch"])
+        elif self.pool == "attention":
+            features["cls"] = self.vit.pool(features["patch"])
         return features
 
 class Prepare(nn.Module):
-    """Images [B, 3, H, W] as an encoder wants them: of this size (bicubic), from one normalisation into another."""
+    """Images [B, 3, H, W] as an encoder wants them: resized (bicubic) to the token grid that is asked for, if any, and
+    from one normalisation into another.
 
-    def __init__(self, mean, std, new_mean, new_std):
+    given, wanted  (mean, std); wanted None: MASt3R's for an encoder with its positions, else ImageNet's
+    """
+
+    def __init__(self, encoder, given, wanted=None):
         super().__init__()
-        gain = [s / t for s, t in zip(std, new_std)]
-        offset = [(m - n) / t for m, n, t in zip(mean, new_mean, new_std)]
-        for key, value in (("gain", gain), ("offset", offset)):  # "cpu": also in a model that is made on "meta"
-            self.register_buffer(key, torch.tensor(value, device="cpu")[:, None, None], persistent=False)
+        self.patch_size = encoder.patch_size
+        wanted = wanted or (HALF if encoder.position == "rope" else IMAGENET)
+        both = torch.tensor([given, wanted], dtype=torch.double, device="cpu")  # also in a model that is made on "meta"
+        (mean, std), (new_mean, new_std) = both[..., None, None]
+        self.register_buffer("gain", (std / new_std).float(), persistent=False)
+        self.register_buffer("offset", ((mean - new_mean) / new_std).float(), persistent=False)
 
-    def forward(self, images, size):
+    def forward(self, images, grid=None):
+        size = tuple(n * self.patch_size for n in grid) if grid else images.shape[-2:]
         if images.shape[-2:] != size:
             images = F.interpolate(images, size, mode="bicubic", align_corners=True)
         return images * self.gain + self.offset
@@ -214,26 +222,22 @@ def load_teacher(name, weights=None, device="cpu", dtype=torch.float32):
     if name not in TEACHERS:
         raise Oops(f"unknown teacher '{name}'; there are: {', '.join(TEACHERS)}")
     row = TEACHERS[name]
-    if not row.url and not weights:
-        raise Oops(f"{name} has no published file: pass one, --weights {name}=FILE")
     if row.gated and not weights:
         raise Oops(f"{name} is not open to all: ask for {row.gated} at {row.url} and pass it, --weights {name}=FILE")
-    if weights == "random":
-        with torch.device(device):
-            vit = ViT(**row.shape, **row.vit)
-            pool = AttentionPool(vit.embed_dim) if row.pool == "attention" else row.pool
-    else:
+    state = None
+    if weights != "random":
         path = weights or dune.fetch(row.url)
         state = encoder_state(name, dune.read_checkpoint(path), path)
-        of_pool = {key: state.pop(key) for key in list(state) if row.pool == "attention" and key.startswith("pool.")}
-        vit = dune.load_strictly(dune.vit_from_state(state, path, **row.vit), state, path)
-        pool = row.pool
-        if pool == "attention":
-            pool = dune.load_strictly(AttentionPool(vit.embed_dim), dune.below(of_pool, "pool."), path)
-    return FrozenTeacher(name, vit, pool, dtype).to(device)
+    with torch.device("meta" if state else device):
+        vit = dune.vit_from_state(state, path, **row.vit) if state else ViT(**row.shape, **row.vit)
+        if row.pool == "attention":
+            vit.pool = AttentionPool(vit.embed_dim)
+    if state:
+        dune.load_strictly(vit, state, path)
+    return FrozenTeacher(name, vit, dtype).to(device)
 
 def encoder_state(name, file, path):
-    """The encoder's tensors of a published file, under ViT's key names, and under "pool." those of an AttentionPool."""
+    """The encoder's tensors of a published file, under ViT's key names, those of an AttentionPool under "pool."."""
     row = TEACHERS[name]
     part = dune.entry(file, row.inside, dict, path) if row.inside else file
     state = {}
@@ -251,10 +255,10 @@ def encoder_state(name, file, path):
     try:
         if row.layout:
             LAYOUTS[row.layout](state)
-        widths = [len(state[key]) for key in ("blocks.0.mlp.fc1.weight", "patch_embed.proj.weight")]
+        supported = len(state["blocks.0.mlp.fc1.weight"]) == 4 * len(state["patch_embed.proj.weight"])
     except (KeyError, RuntimeError, TypeError, IndexError):
-        widths = 0, 1
-    if widths[0] != 4 * widths[1]:
+        supported = False
+    if not supported:
         raise Oops(f"{path} is no file of teacher {name}, or of a kind that is not supported: MLPs not 4 times as wide "
                    "as the tokens (SwiGLU, So400m, 7B), heads of other than 64 channels")
     return state
@@ -282,19 +286,19 @@ LAYOUTS = {"deit3": from_deit3, "dinov3": from_dinov3, "siglip": from_siglip}
 
 # ---- Probes, and the training of small things ------------------------------------------------------------------------
 
-def fit(parameters, loss, steps, lr, weight_decay=1e-2, betas=(0.9, 0.999), clip=0.0, what=None):
+def fit(parameters, loss, steps, lr, weight_decay=1e-2, beta2=0.999, clip=0.0, what=None):
     """The training loop of all small things (probes, specialists, decoders): AdamW with a one-cycle learning rate.
 
     parameters  a list of tensors, or of param groups, which may have their own "lr" (its peak) and "weight_decay"
     loss        loss(step) gives what this step minimises, a scalar
-    betas       the first swings by 0.05 around its value, against the rate;  clip  the gradient's largest norm, 0: any
+    beta2       AdamW's (its beta1 swings from 0.95 to 0.85 and back, against the rate)
+    clip        the gradient's largest norm, 0: any
     what        a name for a progress bar; None: no bar
     """
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=betas, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=(0.9, beta2), fused=True)
     groups = optimizer.param_groups
-    swing = {"base_momentum": betas[0] - 0.05, "max_momentum": betas[0] + 0.05}
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=[group["lr"] for group in groups], total_steps=steps + 1, pct_start=0.1, **swing)
+    peaks = [group["lr"] for group in groups]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps + 1, pct_start=0.1)
     for step in tqdm(range(steps), what, leave=False, disable=what is None):
         optimizer.zero_grad()
         loss(step).backward()
@@ -309,7 +313,7 @@ def Probe(domain, dim, grid):
 
 class LinearProbe(nn.Module):
     """For features {"cls": [B, dim] or None, "patch": [B, rows*cols, dim]} on a grid (rows, cols). A domain's probe has
-    targets(scenes): labels on the grid, where the scenes are; forward(features, targets): the predictions for them;
+    targets(scenes): labels on the grid, where the scenes are; forward(features): predictions of them;
     loss(out, targets); metrics(out, targets): {name: number}."""
     outputs = {}  # {head: its channels}
 
@@ -326,7 +330,7 @@ class ObjectsProbe(LinearProbe):
         cover = F.adaptive_avg_pool2d(scenes["mask"].float()[:, None], self.grid).flatten(1)
         return {"kind": scenes["label"], "patch": torch.where(cover > 0.5, scenes["label"][:, None] + 1, 0)}
 
-    def forward(self, features, targets):
+    def forward(self, features):
         whole = features["patch"].mean(1) if features["cls"] is None else features["cls"]
         return {"kind": self.heads["kind"](whole), "patch": self.heads["patch"](features["patch"])}
 
@@ -351,7 +355,7 @@ class RoomsProbe(LinearProbe):
         maps = torch.cat([scenes["depth"].log()[:, None], scenes["normals"].permute(0, 3, 1, 2)], 1)
         return self.parts(F.adaptive_avg_pool2d(maps, self.grid).flatten(2).mT)
 
-    def forward(self, features, targets):
+    def forward(self, features):
         return self.parts(self.heads["patch"](features["patch"]))
 
     def parts(self, x):
@@ -379,24 +383,21 @@ class PeopleProbe(LinearProbe):
         joints = scenes["joints2d"]  # [n, figures, joints, 2]
         metres = scenes["joints3d"] - scenes["joints3d"][:, :, 2:3]
         inside = scenes["visible"][..., None] & ((joints >= 0) & (joints < 1)).all(-1)
-        middle = centres(rows, cols, joints.device)
         size = torch.tensor([cols, rows], device=joints.device)
         # For every patch and kind of joint the nearest one: a soft spot around it (1 at it, 0.6 a patch away), and its
         # place in 2D and 3D.
-        gap = (joints[:, :, None] - middle[:, None]) * size
+        gap = (joints[:, :, None] - centres(rows, cols, joints.device)[:, None]) * size
         near, figure = (torch.exp(-gap.square().sum(-1) / 2) * inside[:, :, None]).max(1)
-        image, _, joint = torch.meshgrid(*[torch.arange(n, device=joints.device) for n in near.shape], indexing="ij")
-        nearest = image, figure, joint
-        image, figure, joint = inside.nonzero(as_tuple=True)
-        truth = joints[image, figure, joint]
-        col, row = (truth * size).long().unbind(-1)
-        return {"near": near, "place": joints[nearest], "xyz": metres[nearest], "centres": middle, "truth": truth,
-                "metres": metres[image, figure, joint], "at": torch.stack([image, row * cols + col, joint])}
+        place, xyz = [x.take_along_dim(figure[..., None], 1) for x in (joints, metres)]
+        image, _, joint = inside.nonzero(as_tuple=True)
+        col, row = (joints[inside] * size).long().unbind(-1)
+        return {"near": near, "place": place, "xyz": xyz, "truth": joints[inside], "metres": metres[inside],
+                "at": torch.stack([image, row * cols + col, joint])}
 
-    def forward(self, features, targets):
+    def forward(self, features):
         heads = self.heads["patch"](features["patch"]).unflatten(-1, (len(JOINTS), 6))
         near, offset, xyz = heads.split([1, 2, 3], -1)
-        return {"near": near[..., 0], "place": offset + targets["centres"][:, None], "xyz": xyz}
+        return {"near": near[..., 0], "place": offset + centres(*self.grid, near.device)[:, None], "xyz": xyz}
 
     def loss(self, out, targets):
         weight = targets["near"] * (targets["near"] > 0.3)
@@ -408,19 +409,36 @@ class PeopleProbe(LinearProbe):
         """Joints that one of the three best guesses of their kind finds to 5 % of the side, in %; 3D error in cm."""
         image, patch, joint = targets["at"]
         best = out["near"].topk(3, dim=1).indices  # [n, 3, joints]
-        guess = out["place"].gather(1, best[..., None].expand(-1, -1, -1, 2))[image, :, joint]
+        guess = out["place"].take_along_dim(best[..., None], 1)[image, :, joint]
         found = (guess - targets["truth"][:, None]).norm(dim=-1).amin(1) < 0.05
         apart = (out["xyz"][image, patch, joint] - targets["metres"]).norm(dim=-1)
         return {"joints 2D": 100 * found.float().mean().item(), "joints 3D": 100 * apart.mean().item()}
+
+# ---- Geometry --------------------------------------------------------------------------------------------------------
+# Camera frame: x right, y down, z forward, in metres. Pixels are (x, y) with centres at integer + 0.5, and K [3, 3] is
+# of these.
 
 def centres(rows, cols, device=None):
     """[rows * cols, 2]: the middle of each cell of a grid as (x, y) fractions of the sides."""
     y, x = [(torch.arange(n, device=device) + 0.5) / n for n in (rows, cols)]
     return torch.cartesian_prod(y, x).flip(-1)
 
+def rays(pixels, K):
+    """[..., n, 2] -> [..., n, 3], as long as to have z = 1."""
+    return transform(K.inverse(), F.pad(pixels, (0, 1), value=1.0))
+
+def project(points, K):
+    """[..., n, 3] in the camera's frame -> pixels [..., n, 2]; what is not before the camera is taken as 5 cm ahead."""
+    flat = transform(K, points)
+    return flat[..., :2] / flat[..., 2:].clamp(min=0.05)
+
+def transform(matrix, points):
+    """Matrices [..., 3, 3] times points [..., n, 3]; in fp32 under autocast too: places want more digits than bf16."""
+    with torch.autocast(points.device.type, enabled=False):
+        return points @ matrix.mT
+
 # ---- Pairs of views --------------------------------------------------------------------------------------------------
-# A pair: image uint8 [2, 3, S, S], depth [2, S, S] metres along z (0: unknown), K [2, 3, 3] pixels (centres at integer
-# + 0.5), pose [2, 4, 4] camera to world. Camera frame: x right, y down, z forward.
+# A pair: image uint8 [2, 3, S, S], depth [2, S, S] along z (0: unknown), K [2, 3, 3], pose [2, 4, 4] camera to world.
 
 def room_pairs(start, count, size):
     """`count` procedural rooms, each seen by both of its cameras, as one batch of pairs."""
@@ -434,21 +452,20 @@ def pair_geometry(pairs):
     place [B, S, S, 2]      where in view 2 (pixels) view 1's points are; seen [B, S, S] bool: which of them it sees:
                             before it, inside its image and not hidden
     """
-    depth = pairs["depth"]
-    size = depth.shape[-1]
-    pixels = F.pad(centres(size, size, depth.device) * size, (0, 1), value=1.0).view(size, size, 3)
-    rays = pixels @ pairs["K"].inverse().mT[:, :, None]
+    size = pairs["depth"].shape[-1]
+    depth, K = pairs["depth"].flatten(2), pairs["K"]
     move = pairs["pose"][:, :1].inverse() @ pairs["pose"]  # [B, 2, 4, 4]: from each view's frame into view 1's
-    points = (rays * depth[..., None]) @ move[:, :, None, :3, :3].mT + move[:, :, None, None, :3, 3]
-    back = move[:, 1].inverse()[:, None]
-    there = points[:, 0] @ back[..., :3, :3].mT + back[:, :, None, :3, 3]
-    z = there[..., 2]
-    place = ((there @ pairs["K"][:, 1, None].mT)[..., :2] / z[..., None].clamp(min=1e-6)).nan_to_num(-1)
-    at = place.clamp(0, size - 1).long()
-    surface = depth[:, 1].flatten(1).gather(1, (at[..., 1] * size + at[..., 0]).flatten(1)).view_as(z)
+    back = move[:, 1].inverse()
+    points = rays(centres(size, size, depth.device) * size, K) * depth[..., None]
+    points = transform(move[..., :3, :3], points) + move[..., None, :3, 3]
+    there = transform(back[:, :3, :3], points[:, 0]) + back[:, None, :3, 3]
+    place, z = project(there, K[:, 1]), there[..., 2]
+    col, row = place.clamp(0, size - 1).long().unbind(-1)
+    surface = depth[:, 1].gather(1, row * size + col)
     inside = (z > 0) & ((place >= 0) & (place < size)).all(-1)
     seen = inside & (depth[:, 0] > 0) & (surface > 0) & ((surface - z).abs() < 0.05 * z)
-    return points, depth > 0, place, seen
+    square = size, size
+    return points.unflatten(2, square), pairs["depth"] > 0, place.unflatten(1, square), seen.unflatten(1, square)
 
 def patch_pairs(pairs, grid):
     """For the middle of each patch of view 1: which patch of view 2 shows it, int64 [B, rows*cols]; does any, bool."""
@@ -525,7 +542,7 @@ def make_specialist(name, scenes, path, batch=16, seed=0):
         targets = probe.targets(single)
         with torch.autocast("cpu", torch.bfloat16, enabled=dune.fast_bf16("cpu")):
             features = teacher.features(data.normalise(single["image"]), TINY_GRID)
-            out = probe(features, targets)
+            out = probe(features)
         total = probe.loss({key: value.float() for key, value in out.items()}, targets)
         if pairs:
             own, seen = patch_pairs(part, tuple(FINE * n for n in TINY_GRID))
@@ -533,7 +550,7 @@ def make_specialist(name, scenes, path, batch=16, seed=0):
             one, two = F.pixel_shuffle(maps, FINE).flatten(2).mT.unflatten(0, (-1, 2)).unbind(1)
             total = total + MATCHING * contrast(one, two, own)[seen].mean()
         return total
-    fit(parameters, loss, len(order) // batch, recipe["lr"], weight_decay=0.03, betas=(0.9, 0.99), clip=1.0,
+    fit(parameters, loss, len(order) // batch, recipe["lr"], weight_decay=0.03, beta2=0.99, clip=1.0,
         what=f"tiny {name}: learns {domain}")
     with dune.writing(path) as file:
         torch.save(published_layout(name, vit.state_dict()), file)
@@ -571,8 +588,7 @@ class TwoView(nn.Module):
         self.dec_norm = nn.LayerNorm(dim, eps=1e-6)
         self.downstream_head1 = TwoViewHead(encoder.embed_dim, dim, depth, self.patch, **head_sizes)
         self.downstream_head2 = TwoViewHead(encoder.embed_dim, dim, depth, self.patch, **head_sizes)
-        to = HALF if encoder.position == "rope" else dict(mean=IMAGENET_MEAN, std=IMAGENET_STD)
-        self.prepare = Prepare(HALF["mean"], HALF["std"], to["mean"], to["std"])
+        self.prepare = Prepare(encoder, HALF)
 
     def forward(self, view1, view2):
         """Two image batches [B, 3, H, W] in MASt3R's normalisation (2 x - 1 of 0..1), of any two sizes -> two dicts.
@@ -582,10 +598,7 @@ class TwoView(nn.Module):
         the heads runs in bf16. Raises Oops if a side is no multiple of the patch size.
         """
         views = view1, view2
-        for height, width in (view.shape[-2:] for view in views):
-            if height % self.patch or width % self.patch:
-                raise Oops(f"image size {height}x{width} is no multiple of the patch size {self.patch}")
-        grids = [tuple(side // self.patch for side in view.shape[-2:]) for view in views]
+        grids = [dune.token_grid(view, self.patch) for view in views]
         device = view1.device.type
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             layers = [[self.encode(view, grid) for view, grid in zip(views, grids)]]  # of both views
@@ -601,9 +614,8 @@ class TwoView(nn.Module):
 
     def encode(self, images, grid):
         """[B, 3, H, W] in MASt3R's normalisation -> the tokens that the decoder reads, [B, rows*cols, D]."""
-        size = tuple(n * self.encoder.patch_size for n in grid)
         with torch.no_grad():
-            tokens = self.encoder(self.prepare(images, size), norm=self.norm is None)["patch"]
+            tokens = self.encoder(self.prepare(images, grid), norm=self.norm is None)["patch"]
         return tokens if self.norm is None else self.norm(tokens)
 
 class DecoderBlock(nn.Module):
@@ -652,23 +664,22 @@ class DPT(nn.Module):
 
     def __init__(self, dims, patch, maps=(96, 192, 384, 768), features=256, last=128):
         super().__init__()
-        self.patch = patch
         resize = ([nn.ConvTranspose2d(maps[0], maps[0], 4, 4)], [nn.ConvTranspose2d(maps[1], maps[1], 2, 2)], [],
                   [nn.Conv2d(maps[3], maps[3], 3, 2, 1)])
         self.act_postprocess = nn.ModuleList(
             nn.Sequential(nn.Conv2d(dim, channels, 1), *then) for dim, channels, then in zip(dims, maps, resize))
         self.layer_rn = nn.ModuleList(nn.Conv2d(channels, features, 3, padding=1, bias=False) for channels in maps)
         self.refinenet1, self.refinenet2, self.refinenet3, self.refinenet4 = [Fusion(features) for _ in range(4)]
-        self.head = nn.ModuleDict({"0": nn.Conv2d(features, features // 2, 3, padding=1),
-                                   "2": nn.Conv2d(features // 2, last, 3, padding=1), "4": nn.Conv2d(last, 4, 1)})
+        self.head = nn.Sequential(
+            nn.Conv2d(features, features // 2, 3, padding=1),
+            nn.Upsample(scale_factor=patch / 8, mode="bilinear", align_corners=True),
+            nn.Conv2d(features // 2, last, 3, padding=1), nn.ReLU(), nn.Conv2d(last, 4, 1))
 
     def forward(self, layers, grid):
         maps = [post(x.transpose(1, 2).unflatten(2, grid)) for x, post in zip(layers, self.act_postprocess)]
         fine, middle, coarse, coarsest = [rn(x) for x, rn in zip(maps, self.layer_rn)]
         x = self.refinenet3(self.refinenet4(coarsest), coarse)
-        x = self.head["0"](self.refinenet1(self.refinenet2(x, middle), fine))
-        x = F.interpolate(x, tuple(n * self.patch for n in grid), mode="bilinear", align_corners=True)
-        return self.head["4"](F.relu(self.head["2"](x)))
+        return self.head(self.refinenet1(self.refinenet2(x, middle), fine))
 
 class Fusion(nn.Module):
     """Joins a finer map (skip) to the coarser ones and doubles the resolution."""
@@ -696,76 +707,63 @@ TWO_VIEW = {"dune": dune.PUBLISHED.format("dunemast3r_cvpr25_vitbase"),
             "dune_small": dune.PUBLISHED.format("dunemast3r_cvpr25_vitsmall"),
             "mast3r": TEACHERS["mast3r"].url}
 
-def load_two_view(weights=None, device="cpu", encoder=None):
+def load_two_view(weights=None, device="cpu"):
     """TwoView in eval mode, every size read off the tensors.
 
     weights  a published MASt3R or DUNE-MASt3R file, one of two_view_layout, a name of TWO_VIEW; None: "dune"
-    encoder  the DUNE encoder's file, for a DUNE-MASt3R file without it; None: the published one that the file names
+    A DUNE-MASt3R file without its encoder names it: a published one, which is downloaded, or a file.
     Raises Oops for a file that is missing, unreadable or of another architecture (naming the tensor or the option).
     """
     path = str(weights or "dune")
     if path in TWO_VIEW and not os.path.exists(path):
         path = dune.fetch(TWO_VIEW[path])
     file = dune.read_checkpoint(path)
-    state = dune.entry(file, "model", dict, path)
-    check_options(file, path)
-    on_dune = "mast3r.decoder_embed.weight" in state
+    published = dune.entry(file, "model", dict, path)
+    on_dune = "mast3r.decoder_embed.weight" in published
     if on_dune:
-        encoder_weights = dune.plain_keys(dune.below(state, "dune_backbone."))
-        if not encoder_weights:
-            name = encoder or dune.entry(file, "dune_backbone_name", str, path)
-            name = str(name).removesuffix("_encoder").replace("_14_", "14_")
-            encoder_weights = dune.load(name, encoder_only=True).state_dict()
-        vit = dune.vit_from_state(encoder_weights, path)
-        idle = r"dune_backbone\.|imagenet_(mean|std)$|mast3r\.(mask_token$|patch_embed\.|enc_norm\.)"
-    elif "decoder_embed.weight" in state:
-        encoder_weights = encoder_state("mast3r", file, path)
-        vit = dune.vit_from_state(encoder_weights, path, position="rope")
-        idle = r"mask_token$|patch_embed\.|enc_(blocks|norm)\."
+        call = re.sub(r"\s", "", dune.entry(file, "mast3r_model_str", str, path, "")).replace('"', "'")
+        for option in TWO_VIEW_CALL if call else ():
+            if option not in call:
+                raise Oops(f"{path} is another architecture: its mast3r_model_str has no {option}")
+        encoder = dune.plain_keys(dune.below(published, "dune_backbone."))
+        if not encoder:
+            name = dune.entry(file, "dune_backbone_name", str, path).removesuffix("_encoder").replace("_14_", "14_")
+            encoder = dune.load(name, encoder_only=True).state_dict()
+    elif "decoder_embed.weight" in published:
+        encoder = encoder_state("mast3r", file, path)
     else:
         raise Oops(f"{path} holds no two-view model: neither MASt3R's nor DUNE-MASt3R's decoder is in it")
-    rest = {}
-    for key, value in state.items():
-        if not re.match(idle, key) and not re.search(r"scratch\.layer\d_rn\.", key):  # what counts is layer_rn
-            rest[key.removeprefix("mast3r.").replace("dpt.scratch.", "dpt.")] = value
-    if not dune.below(rest, "dec_blocks2."):  # one set of blocks for both views
-        rest.update({f"dec_blocks2.{key}": value for key, value in dune.below(rest, "dec_blocks.").items()})
-    with torch.device("meta"):
-        model = TwoView(vit, norm=on_dune, **two_view_sizes(rest, vit.patch_size, path))
-    rest.update({f"encoder.{key}": value for key, value in encoder_weights.items()})
-    return dune.load_strictly(model, rest, path).eval().to(device)
-
-def two_view_sizes(state, patch, path):
-    """TwoView's sizes, read off its tensors."""
-    rows = {key: value.shape[0] for key, value in state.items() if torch.is_tensor(value) and value.ndim}
-    head = "downstream_head1.{}.weight".format
+    vit = dune.vit_from_state(encoder, path, position="offset" if on_dune else "rope")
+    state = {key.removeprefix("mast3r.").replace("dpt.scratch.", "dpt."): value
+             for key, value in published.items() if not re.match(NOT_DECODER, key)}
+    if not dune.below(state, "dec_blocks2."):  # one set of blocks for both views
+        state.update({f"dec_blocks2.{key}": value for key, value in dune.below(state, "dec_blocks.").items()})
     try:
-        sizes = {"dim": rows["decoder_embed.weight"],
-                 "depth": len({key.split(".")[1] for key in rows if key.startswith("dec_blocks.")}),
-                 "features": rows[head("dpt.layer_rn.0")], "last": rows[head("dpt.head.2")],
-                 "hidden": rows[head("head_local_features.fc1")],
-                 "descriptor": rows[head("head_local_features.fc2")] // patch**2 - 1}
-        maps = [rows[head(f"dpt.act_postprocess.{j}.0")] for j in range(4)]
-        if sizes["dim"] % 64 or min(*sizes.values(), *maps) < 1:
-            raise KeyError
-    except KeyError:
+        with torch.device("meta"):
+            model = TwoView(vit, norm=on_dune, **two_view_sizes(state, vit.patch_size))
+    except Exception:  # whatever foreign tensors do to it
         raise Oops(f"{path} holds no two-view model of a known layout: parts of its heads are missing or odd") from None
-    return {"maps": maps, **sizes}
+    state.update({f"encoder.{key}": value for key, value in encoder.items()})
+    return dune.load_strictly(model, state, path).eval().to(device)
 
-# What the code above computes, as the published constructor calls spell it, without spaces.
-TWO_VIEW_OPTIONS = {"head_type": "'catmlp+dpt'", "output_mode": "'pts3d+desc24'", "depth_mode": "('exp',-inf,inf)",
-                    "conf_mode": "('exp',1,inf)", "desc_conf_mode": "('exp',0,inf)", "two_confs": "True",
-                    "pos_embed": "'RoPE100'"}
+# Keys of published files that are the encoder's or nobody's (of layer1_rn to layer4_rn there are copies in layer_rn).
+NOT_DECODER = (r"dune_backbone\.|imagenet_(mean|std)$|(mast3r\.)?(mask_token$|patch_embed\.|enc_(blocks|norm)\.)|"
+               r".*\.scratch\.layer\d_rn\.")
+# What TwoView computes, as a DUNE-MASt3R file's constructor call spells it, which is compared and never run.
+TWO_VIEW_CALL = ("head_type='catmlp+dpt'", "output_mode='pts3d+desc24'", "depth_mode=('exp',-inf,inf)",
+                 "conf_mode=('exp',1,inf)", "desc_conf_mode=('exp',0,inf)", "two_confs=True", "pos_embed='RoPE100'")
 
-def check_options(file, path):
-    """Oops if a DUNE-MASt3R file's constructor call, which is compared and never run, is not for what TwoView is."""
-    text = dune.entry(file, "mast3r_model_str", str, path, "AsymmetricMASt3R()")
-    call = re.fullmatch(r"\w+\((.*)\)", re.sub(r"\s", "", text).replace('"', "'"))
-    if not call or len(text) > 9999:
-        raise Oops(f"{path}: cannot read its mast3r_model_str, {text[:80]!r}")
-    for key, value in re.findall(r"(\w+)=(\([^()]*\)|[^,]*)", call[1]):
-        if value != TWO_VIEW_OPTIONS.get(key, value):
-            raise Oops(f"{path} is another architecture: {key} is {value:.80}, expected {TWO_VIEW_OPTIONS[key]}")
+def two_view_sizes(state, patch):
+    """TwoView's sizes, read off its tensors."""
+    def rows(key):
+        return len(state[f"{key}.weight"])
+    head = "downstream_head1.dpt"
+    local = "downstream_head1.head_local_features"
+    return {"dim": rows("decoder_embed") // 64 * 64,
+            "depth": len({key.split(".")[1] for key in state if key.startswith("dec_blocks.")}),
+            "maps": [rows(f"{head}.act_postprocess.{j}.0") for j in range(4)],
+            "features": rows(f"{head}.layer_rn.0"), "last": rows(f"{head}.head.2"),
+            "hidden": rows(f"{local}.fc1"), "descriptor": rows(f"{local}.fc2") // patch**2 - 1}
 
 def two_view_layout(model):
     """The file of a TwoView on a DUNE encoder as the published ones are laid out, with the encoder in it."""
@@ -801,8 +799,7 @@ class People(nn.Module):
         self.last = nn.LayerNorm(dim, eps=1e-6)
         self.out = nn.Linear(dim, 3 + 3 * joints)
         self.register_buffer("bones", torch.zeros(joints - 1, 2))  # pairs of joints, for pictures
-        wanted = (HALF, HALF) if encoder.position == "rope" else (IMAGENET_MEAN, IMAGENET_STD)
-        self.prepare = Prepare(IMAGENET_MEAN, IMAGENET_STD, *wanted)
+        self.prepare = Prepare(encoder, IMAGENET)
 
     @torch.no_grad()
     def forward(self, images, K, least=0.3):
@@ -811,7 +808,7 @@ class People(nn.Module):
         the head along z, metres; "joints3d" [J, 3]: metres in the camera's frame (x right, y down, z forward);
         "joints2d" [J, 2]: pixels}. Raises Oops if a side is no multiple of the patch size.
         """
-        grid = self.grid(images)
+        grid = dune.token_grid(images, self.patch)
         tokens, scores = self.read(self.tokens(images), K, grid)
         scores = scores.sigmoid()
         highest = F.max_pool2d(scores.unflatten(1, grid), 3, 1, 1).flatten(1)  # two patches may share a head
@@ -824,17 +821,10 @@ class People(nn.Module):
             found[image[q]].append({key: value[q] for key, value in people.items()})
         return found
 
-    def grid(self, images):
-        height, width = images.shape[-2:]
-        if height % self.patch or width % self.patch:
-            raise Oops(f"image size {height}x{width} is no multiple of the patch size {self.patch}")
-        return height // self.patch, width // self.patch
-
     @torch.no_grad()
     def tokens(self, images):
         """The frozen encoder's patch tokens, [B, N, D]."""
-        size = tuple(n * self.encoder.patch_size for n in self.grid(images))
-        return self.encoder(self.prepare(images, size))["patch"]
+        return self.encoder(self.prepare(images, dune.token_grid(images, self.patch)))["patch"]
 
     def read(self, tokens, K, grid):
         """tokens() with their places and their rays, [B, N, dim]; whether they hold heads, logits [B, N]"""
@@ -861,19 +851,6 @@ class People(nn.Module):
         beside = beside.unflatten(-1, (-1, 3))
         joints = rays(head[:, None], K) * distance[:, None, None] + beside - beside[:, self.head, None]
         return {"head": head, "distance": distance, "joints3d": joints, "joints2d": project(joints, K)}
-
-def rays(pixels, K):
-    """[..., n, 2] -> [..., n, 3], as long as to have z = 1."""
-    return transform(K.inverse(), F.pad(pixels, (0, 1), value=1.0))
-
-def project(points, K):
-    """[..., n, 3] in the camera's frame -> pixels [..., n, 2]; what is not before the camera is taken as 5 cm ahead."""
-    flat = transform(K, points)
-    return flat[..., :2] / flat[..., 2:].clamp(min=0.05)
-
-def transform(matrix, points):
-    """Matrices [..., 3, 3] times points [..., n, 3]; in fp32 under autocast too: places want more digits than bf16."""
-    return (matrix[..., None, :, :] * points[..., None, :]).sum(-1)
 
 def people_layout(model):
     """The file of a People on a DUNE encoder, with the encoder in it."""
@@ -904,8 +881,8 @@ def main():
         teacher = load_teacher(name, "random", device="meta")
         millions = round(sum(p.numel() for p in teacher.parameters()) / 1e6)
         cls = "distilled" if teacher.has_cls else "unused" if teacher.gives_cls else "none"
-        images = "ImageNet" if row.mean == IMAGENET_MEAN else "0.5"
-        path = f"ask at {row.url}" if row.gated else dune.cached(row.url) if row.url else "--weights"
+        images = "ImageNet" if row.normalisation == IMAGENET else "0.5"
+        path = f"ask at {row.url}" if row.gated else dune.cached(row.url)
         here = "+" if os.path.exists(path) else "-"
         print(line(name, row.domain, millions, teacher.patch_size, cls, images, row.license, here, path))
 
