@@ -170,7 +170,7 @@ def study_scenes(seed, look, train, test, pairs):
         else:
             known = on(look.device, data.labelled_scenes(domain, first, train, look.size))
         new = on(look.device, data.labelled_scenes(domain, unseen, test, look.size))
-        targets = zoo.Probe(domain, 1, look.grid).targets
+        targets = zoo.PROBES[domain](1, look.grid).targets
         scenes[domain] = known["image"], [targets(part) for part in chunks(known)], new["image"], targets(new)
     scenes["pairs"] = room_views(unseen + 10**8, pairs, look.size)
     return scenes
@@ -197,7 +197,7 @@ def study_row(reader, scenes, grid, seed, steps=None, said=None):
         scale = {kind: moments(x[kind]) for kind in x}
         x, y = ({kind: (z[kind] - mean) / std for kind, (mean, std) in scale.items()} for z in (x, y))
         torch.manual_seed(seed)
-        probe = trained_probe(zoo.Probe(domain, x["patch"].shape[-1], grid), x, targets, steps)
+        probe = trained_probe(zoo.PROBES[domain](x["patch"].shape[-1], grid), x, targets, steps)
         with torch.no_grad():
             out = probe(y)
         row.update(probe.metrics(out, truth))

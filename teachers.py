@@ -7,7 +7,6 @@ Then MASt3R's two-view decoder, on its own encoder or on a DUNE, and a head for 
 `python teachers.py` prints the table.
 """
 
-import argparse
 import hashlib
 import os
 import re
@@ -35,9 +34,8 @@ class Teacher:
     license: str
     gated: str = ""              # what to ask for there
     inside: str = ""             # the key of the file that holds the state dict ("" = the file is it)
-    prefix: str = ""             # regular expression: the encoder's keys begin so, which is cut off; others stay out
+    prefix: str = ""             # regular expression: the encoder's keys begin so, which is cut off; others are not its
     rename: dict = field(default_factory=dict)  # regular expression -> replacement, towards DINOv2's key names
-    ignore: str = r"$^"          # then: keys (regular expression) in the published file that are not the encoder's
     layout: str = ""             # what renaming cannot do: a name of LAYOUTS
     vit: dict = field(default_factory=dict)     # options of ViT that the tensors do not show: position, eps, gelu
     pool: str = ""               # what its class feature is: "" = its class token, or see FrozenTeacher
@@ -68,7 +66,7 @@ SIGLIP = dict(license="Apache-2.0", layout="siglip", prefix=r"vision_model\.", p
               rename={r"^embeddings\.patch_embedding\.": "patch_embed.proj.", r"^encoder\.layers\.": "blocks.",
                       r"^embeddings\.position_embedding\.weight$": "pos_embed", r"\.layer_norm(\d)\.": r".norm\1.",
                       r"\.self_attn\.out_proj\.": ".attn.proj.", r"^post_layernorm\.": "norm.", r"^head\.": "pool."})
-V3 = dict(layout="dinov3", ignore=r"local_cls_norm\.", vit=dict(position="rope_centred", eps=1e-5), generic=True,
+V3 = dict(layout="dinov3", prefix=r"(?!local_cls_norm\.)", vit=dict(position="rope_centred", eps=1e-5), generic=True,
           rename={r"^storage_tokens$": "register_tokens", r"^rope_embed\.periods$": "rope_periods"})
 DINOV3 = dict(V3, url="https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/", license="DINOv3 License")
 EUPE = dict(V3, license="FAIR noncommercial", gated="its .pt file")
@@ -91,10 +89,10 @@ TEACHERS = {
     "ibot": Teacher(BYTE + "archive/2022/ibot/vitb_16_rand_mask/checkpoint_teacher.pth", "Apache-2.0",
                     inside="state_dict", shape=VIT16 | BASE),
     "deit3": Teacher(META + "deit/deit_3_base_224_1k.pth", "Apache-2.0", inside="model", layout="deit3",
-                     ignore=r"head\.", rename={r"\.gamma_(\d)$": r".ls\1.gamma"},
+                     prefix=r"(?!head\.)", rename={r"\.gamma_(\d)$": r".ls\1.gamma"},
                      shape=VIT16 | BASE | dict(layer_scale=1e-4)),
     "dbotft": Teacher(BYTE + "mmodal/dbot/84.5_dbot_base_finetune.pth", "CC BY-NC 4.0", inside="model",
-                      ignore=r"head\.", rename={r"^fc_norm\.": "norm."}, pool="mean", shape=VIT16 | BASE),
+                      prefix=r"(?!head\.)", rename={r"^fc_norm\.": "norm."}, pool="mean", shape=VIT16 | BASE),
     # DUNE, as teacher of the next one: these, or any checkpoint of ours by --weights
     "dune_base": Teacher(dune.PUBLISHED.format("dune_vitbase14_448"), shape=VIT14 | BASE | REGISTERS, **DUNE),
     "dune_small": Teacher(dune.PUBLISHED.format("dune_vitsmall14_448"), shape=VIT14 | SMALL | REGISTERS, **DUNE),
@@ -163,17 +161,12 @@ class FrozenTeacher(nn.Module):
             cls = images.new_empty(0, self.dim, dtype=self.dtype) if self.gives_cls else None
             return {"cls": cls, "patch": images.new_empty(0, rows * cols, self.dim, dtype=self.dtype)}
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            features = self.features(images, grid)
+            features = self.vit(self.prepare(images, grid), norm=self.pool != "mean")
+            if self.pool == "mean":
+                features["cls"] = self.vit.norm(features["patch"].mean(1))
+            elif self.pool == "attention":
+                features["cls"] = self.vit.pool(features["patch"])
         return {kind: None if x is None else x.to(self.dtype) for kind, x in features.items()}
-
-    def features(self, images, grid=None):
-        """forward(), with gradient: for a specialist that still learns."""
-        features = self.vit(self.prepare(images, grid), norm=self.pool != "mean")
-        if self.pool == "mean":
-            features["cls"] = self.vit.norm(features["patch"].mean(1))
-        elif self.pool == "attention":
-            features["cls"] = self.vit.pool(features["patch"])
-        return features
 
 class Prepare(nn.Module):
     """Images [B, 3, H, W] as an encoder wants them: resized (bicubic) to the token grid that is asked for, if any, and
@@ -228,11 +221,11 @@ def load_teacher(name, weights=None, device="cpu", dtype=torch.float32):
     if weights != "random":
         path = weights or dune.fetch(row.url)
         state = encoder_state(name, dune.read_checkpoint(path), path)
-    with torch.device("meta" if state else device):
-        vit = dune.vit_from_state(state, path, **row.vit) if state else ViT(**row.shape, **row.vit)
+    with torch.device(device if state is None else "meta"):
+        vit = ViT(**row.shape, **row.vit) if state is None else dune.vit_from_state(state, path, **row.vit)
         if row.pool == "attention":
             vit.pool = AttentionPool(vit.embed_dim)
-    if state:
+    if state is not None:
         dune.load_strictly(vit, state, path)
     return FrozenTeacher(name, vit, dtype).to(device)
 
@@ -247,20 +240,13 @@ def encoder_state(name, file, path):
             key = str(key)[found.end():]
             for old, new in row.rename.items():
                 key = re.sub(old, new, key)
-            if not re.match(row.ignore, key):
-                state[key] = value
+            state[key] = value
     state = dune.plain_keys(state)
-    if not state:
-        raise Oops(f"{path} is no file of teacher {name}: nothing in it belongs to the encoder")
     try:
         if row.layout:
             LAYOUTS[row.layout](state)
-        supported = len(state["blocks.0.mlp.fc1.weight"]) == 4 * len(state["patch_embed.proj.weight"])
     except (KeyError, RuntimeError, TypeError, IndexError):
-        supported = False
-    if not supported:
-        raise Oops(f"{path} is no file of teacher {name}, or of a kind that is not supported: MLPs not 4 times as wide "
-                   "as the tokens (SwiGLU, So400m, 7B), heads of other than 64 channels")
+        raise Oops(f"{path} is no file of teacher {name}, or its heads have other than 64 channels") from None
     return state
 
 def from_deit3(state):
@@ -307,14 +293,11 @@ def fit(parameters, loss, steps, lr, weight_decay=1e-2, beta2=0.999, clip=0.0, w
         optimizer.step()
         schedule.step()
 
-def Probe(domain, dim, grid):
-    """Linear layers that read one domain's labels off features: in an encoder's study, in a specialist's training."""
-    return {"objects": ObjectsProbe, "rooms": RoomsProbe, "people": PeopleProbe}[domain](dim, grid)
-
-class LinearProbe(nn.Module):
-    """For features {"cls": [B, dim] or None, "patch": [B, rows*cols, dim]} on a grid (rows, cols). A domain's probe has
-    targets(scenes): labels on the grid, where the scenes are; forward(features): predictions of them;
-    loss(out, targets); metrics(out, targets): {name: number}."""
+class Probe(nn.Module):
+    """Linear layers that read one domain's labels off features {"cls": [B, dim] or None, "patch": [B, rows*cols, dim]} on
+    a grid (rows, cols): in an encoder's study, in a specialist's training. A domain's probe has targets(scenes): labels
+    on the grid, where the scenes are; forward(features): predictions of them; loss(out, targets); metrics(out, targets):
+    {name: number}."""
     outputs = {}  # {head: its channels}
 
     def __init__(self, dim, grid):
@@ -322,7 +305,7 @@ class LinearProbe(nn.Module):
         self.grid = grid
         self.heads = nn.ModuleDict({name: nn.Linear(dim, channels) for name, channels in self.outputs.items()})
 
-class ObjectsProbe(LinearProbe):
+class ObjectsProbe(Probe):
     """The kind of the object (from the class token, or the mean patch), and each patch's kind or background."""
     outputs = {"patch": len(KINDS) + 1, "kind": len(KINDS)}
 
@@ -347,7 +330,7 @@ class ObjectsProbe(LinearProbe):
         overlap = (both / (truth + guess - both))[truth > 0].mean()
         return {"accuracy": 100 * right.item(), "mIoU": 100 * overlap.item()}
 
-class RoomsProbe(LinearProbe):
+class RoomsProbe(Probe):
     """Each patch's log depth and surface normal."""
     outputs = {"patch": 4}
 
@@ -374,7 +357,7 @@ class RoomsProbe(LinearProbe):
         return {"depth RMSE": metres.square().mean().sqrt().item(), "delta1": 100 * close.float().mean().item(),
                 "normals": torch.rad2deg(angle).mean().item()}
 
-class PeopleProbe(LinearProbe):
+class PeopleProbe(Probe):
     """For each joint: which patches hold one, where in the image (fractions), where in 3D (metres from the pelvis)."""
     outputs = {"patch": 6 * len(JOINTS)}
 
@@ -413,6 +396,8 @@ class PeopleProbe(LinearProbe):
         found = (guess - targets["truth"][:, None]).norm(dim=-1).amin(1) < 0.05
         apart = (out["xyz"][image, patch, joint] - targets["metres"]).norm(dim=-1)
         return {"joints 2D": 100 * found.float().mean().item(), "joints 3D": 100 * apart.mean().item()}
+
+PROBES = {"objects": ObjectsProbe, "rooms": RoomsProbe, "people": PeopleProbe}
 
 # ---- Geometry --------------------------------------------------------------------------------------------------------
 # Camera frame: x right, y down, z forward, in metres. Pixels are (x, y) with centres at integer + 0.5, and K [3, 3] is
@@ -500,10 +485,9 @@ MATCHING, FINE = 1.0, 2  # weight of the matching loss beside depth's and normal
 def prepare_specialists(names):
     """Train the tiny specialists that are not in the cache yet: about half a minute each on two cores."""
     for name in names:
-        path = specialist_path(name)
-        if not os.path.exists(path):
+        if not os.path.exists(specialist_path(name)):
             dune.check_folder(data.cache_folder())
-            make_specialist(name, specialist_scenes(name, SPECIALISTS[name]["scenes"]), path)
+            make_specialist(name, SPECIALISTS[name]["scenes"])
 
 def specialist_path(name):
     """Where a tiny specialist lies. The name tells the recipe and how scenes look: after a change it is made anew."""
@@ -517,19 +501,19 @@ def specialist_scenes(name, count):
     domain, size = TEACHERS[name].domain, TINY["image_size"]
     return room_pairs(0, count // 2, size) if domain == "rooms" else data.labelled_scenes(domain, 0, count, size)
 
-def make_specialist(name, scenes, path, batch=16, seed=0):
-    """Train a tiny specialist on its own domain, from labels, and write it to `path` in the published layout.
+def make_specialist(name, count, batch=16):
+    """Train a tiny specialist on its own domain, from the labels of `count` images, and write it to specialist_path.
 
-    scenes: {label: tensor [n, ...]}, "image" uint8 [n, 3, S, S] and the labels that its probe reads; of rooms pairs
-    [n, 2, ...]: like MASt3R itself the tiny one also learns which places of two views are the same, finer than a patch.
+    Like MASt3R itself the tiny one also learns which places of two views are the same, finer than a patch.
     """
-    recipe, domain = SPECIALISTS[name], TEACHERS[name].domain
-    torch.manual_seed(seed)
-    vit = ViT(**recipe["shape"], **TEACHERS[name].vit)
-    teacher = FrozenTeacher(name, vit).train().requires_grad_(True)
-    probe = Probe(domain, vit.embed_dim, TINY_GRID)
+    recipe, row = SPECIALISTS[name], TEACHERS[name]
+    scenes = specialist_scenes(name, count)
+    torch.manual_seed(0)
+    vit = ViT(**recipe["shape"], **row.vit)
+    prepare = Prepare(vit, IMAGENET, row.normalisation)
+    probe = PROBES[row.domain](vit.embed_dim, TINY_GRID)
     parameters = [*vit.parameters(), *probe.parameters()]
-    pairs = domain == "rooms"
+    pairs = row.domain == "rooms"
     if pairs:
         describe = nn.Linear(vit.embed_dim, FINE**2 * 16, bias=False)
         parameters += describe.parameters()
@@ -539,11 +523,10 @@ def make_specialist(name, scenes, path, batch=16, seed=0):
     def loss(step):
         part = {key: value[order[step * batch:(step + 1) * batch]] for key, value in scenes.items()}
         single = {key: value.flatten(0, 1) for key, value in part.items()} if pairs else part
-        targets = probe.targets(single)
         with torch.autocast("cpu", torch.bfloat16, enabled=dune.fast_bf16("cpu")):
-            features = teacher.features(data.normalise(single["image"]), TINY_GRID)
+            features = vit(prepare(data.normalise(single["image"]), TINY_GRID))
             out = probe(features)
-        total = probe.loss({key: value.float() for key, value in out.items()}, targets)
+        total = probe.loss({key: value.float() for key, value in out.items()}, probe.targets(single))
         if pairs:
             own, seen = patch_pairs(part, tuple(FINE * n for n in TINY_GRID))
             maps = describe(features["patch"].float()).mT.unflatten(2, TINY_GRID)
@@ -551,15 +534,14 @@ def make_specialist(name, scenes, path, batch=16, seed=0):
             total = total + MATCHING * contrast(one, two, own)[seen].mean()
         return total
     fit(parameters, loss, len(order) // batch, recipe["lr"], weight_decay=0.03, beta2=0.99, clip=1.0,
-        what=f"tiny {name}: learns {domain}")
-    with dune.writing(path) as file:
+        what=f"tiny {name}: learns {row.domain}")
+    with dune.writing(specialist_path(name)) as file:
         torch.save(published_layout(name, vit.state_dict()), file)
 
 def published_layout(name, state):
     """A specialist's state dict as the published file of that teacher would hold it."""
     if name == "mast3r":
-        model = {re.sub(r"^(blocks|norm)\.", r"enc_\1.", key): value for key, value in state.items()}
-        return {"args": argparse.Namespace(), "model": model}
+        return {"model": {re.sub(r"^(blocks|norm)\.", r"enc_\1.", key): value for key, value in state.items()}}
     if name == "multihmr":
         return {"model_state_dict": {f"backbone.encoder.{key}": value for key, value in state.items()}}
     return state
