@@ -135,7 +135,6 @@ class FrozenTeacher(nn.Module):
     def __init__(self, name, vit, dtype=torch.float32):
         super().__init__()
         row = TEACHERS[name]
-        self.name = name
         self.vit = vit
         self.pool = row.pool
         self.dtype = dtype
@@ -217,15 +216,15 @@ def load_teacher(name, weights=None, device="cpu", dtype=torch.float32):
     row = TEACHERS[name]
     if row.gated and not weights:
         raise Oops(f"{name} is not open to all: ask for {row.gated} at {row.url} and pass it, --weights {name}=FILE")
-    state = None
-    if weights != "random":
+    random = weights == "random"
+    if not random:
         path = weights or dune.fetch(row.url)
         state = encoder_state(name, dune.read_checkpoint(path), path)
-    with torch.device(device if state is None else "meta"):
-        vit = ViT(**row.shape, **row.vit) if state is None else dune.vit_from_state(state, path, **row.vit)
+    with torch.device(device if random else "meta"):
+        vit = ViT(**row.shape, **row.vit) if random else dune.vit_from_state(state, path, **row.vit)
         if row.pool == "attention":
             vit.pool = AttentionPool(vit.embed_dim)
-    if state is not None:
+    if not random:
         dune.load_strictly(vit, state, path)
     return FrozenTeacher(name, vit, dtype).to(device)
 
@@ -294,9 +293,9 @@ def fit(parameters, loss, steps, lr, weight_decay=1e-2, beta2=0.999, clip=0.0, w
         schedule.step()
 
 class Probe(nn.Module):
-    """Linear layers that read one domain's labels off features {"cls": [B, dim] or None, "patch": [B, rows*cols, dim]} on
-    a grid (rows, cols): in an encoder's study, in a specialist's training. A domain's probe has targets(scenes): labels
-    on the grid, where the scenes are; forward(features): predictions of them; loss(out, targets); metrics(out, targets):
+    """Linear layers that read one domain's labels off features {"cls": [B, dim] or None, "patch": [B, rows*cols, dim]}
+    on a grid (rows, cols): in an encoder's study, in a specialist's training. Each has targets(scenes): labels on the
+    grid, where the scenes are; forward(features): predictions of them; loss(out, targets); metrics(out, targets):
     {name: number}."""
     outputs = {}  # {head: its channels}
 
@@ -323,12 +322,9 @@ class ObjectsProbe(Probe):
     def metrics(self, out, targets):
         """Accuracy of the kind and mean IoU of the patches, over the kinds that there are, in %."""
         right = (out["kind"].argmax(-1) == targets["kind"]).float().mean()
-        classes = out["patch"].shape[-1]
-        pairs = targets["patch"] * classes + out["patch"].argmax(-1)
-        counts = pairs.flatten().bincount(minlength=classes**2).view(classes, classes)  # [truth, guess]
-        truth, guess, both = counts.sum(1), counts.sum(0), counts.diag()
-        overlap = (both / (truth + guess - both))[truth > 0].mean()
-        return {"accuracy": 100 * right.item(), "mIoU": 100 * overlap.item()}
+        truth, guess = targets["patch"], out["patch"].argmax(-1)
+        overlap = [((truth == k) & (guess == k)).sum() / ((truth == k) | (guess == k)).sum() for k in truth.unique()]
+        return {"accuracy": 100 * right.item(), "mIoU": 100 * torch.stack(overlap).mean().item()}
 
 class RoomsProbe(Probe):
     """Each patch's log depth and surface normal."""
@@ -400,8 +396,7 @@ class PeopleProbe(Probe):
 PROBES = {"objects": ObjectsProbe, "rooms": RoomsProbe, "people": PeopleProbe}
 
 # ---- Geometry --------------------------------------------------------------------------------------------------------
-# Camera frame: x right, y down, z forward, in metres. Pixels are (x, y) with centres at integer + 0.5, and K [3, 3] is
-# of these.
+# Camera frame: x right, y down, z forward, in metres. K [3, 3] is of pixels (x, y) with centres at integer + 0.5.
 
 def centres(rows, cols, device=None):
     """[rows * cols, 2]: the middle of each cell of a grid as (x, y) fractions of the sides."""
