@@ -40,7 +40,7 @@ class Teacher:
     vit: dict = field(default_factory=dict)     # options of ViT that the tensors do not show: position, eps, gelu
     pool: str = ""               # what its class feature is: "" = its class token, or see FrozenTeacher
     distil_cls: bool = True      # whether its class token is worth learning: Multi-HMR never trained its own
-    normalisation: tuple = IMAGENET  # (mean, std) of the images that it wants
+    images: tuple = IMAGENET     # (mean, std): the normalisation in which it wants them
     domain: str = "objects"      # what it knows, a name of data.SCENES
     generic: bool = False        # its data shows everything there is: with --sharing own+generic all teachers see it
     shape: dict = field(default_factory=dict)   # published size, for random weights; a file's is read off its tensors
@@ -53,16 +53,15 @@ HUB = "https://huggingface.co/"
 DEPTH = HUB + "depth-anything/Depth-Anything-V2-{}/resolve/main/depth_anything_v2_{}.pth"
 
 # Published sizes, and what families have in common
-SMALL, BASE, LARGE = SIZES["small"], SIZES["base"], SIZES["large"]
-VIT14 = dict(patch_size=14, image_size=518, registers=0)
-VIT16 = dict(patch_size=16, image_size=224, registers=0, layer_scale=None)
+S14, B14, L14 = [SIZES[size] | dict(patch_size=14, image_size=518, registers=0) for size in ("small", "base", "large")]
+S16, B16, L16 = [vit | dict(patch_size=16, image_size=224, layer_scale=None) for vit in (S14, B14, L14)]
 REGISTERS = dict(registers=4, layer_scale=1e-4)
 CROCO = dict(license="CC BY-NC-SA 4.0", inside="model", prefix=r"enc_(?=blocks|norm)|(?=patch_embed\.)", domain="rooms",
-             vit=dict(position="rope"), shape=VIT16 | LARGE | dict(class_token=False))
+             vit=dict(position="rope"), shape=L16 | dict(class_token=False))
 DUNE = dict(license="CC BY-NC-SA 4.0", inside="model", prefix=r"((module|_orig_mod)\.)*encoder\.")
 DEPTH_ANY = dict(prefix=r"pretrained\.", distil_cls=False, domain="rooms")  # its head reads patches alone
 SIGLIP = dict(license="Apache-2.0", layout="siglip", prefix=r"vision_model\.", pool="attention", generic=True,
-              normalisation=HALF, vit=dict(position="size", gelu="tanh"),
+              images=HALF, vit=dict(position="size", gelu="tanh"),
               rename={r"^embeddings\.patch_embedding\.": "patch_embed.proj.", r"^encoder\.layers\.": "blocks.",
                       r"^embeddings\.position_embedding\.weight$": "pos_embed", r"\.layer_norm(\d)\.": r".norm\1.",
                       r"\.self_attn\.out_proj\.": ".attn.proj.", r"^post_layernorm\.": "norm.", r"^head\.": "pool."})
@@ -73,52 +72,49 @@ EUPE = dict(V3, license="FAIR noncommercial", gated="its .pt file")
 
 TEACHERS = {
     # DUNE's three: 2D, 3D scenes, 3D people. Its DINOv2 resizes positions as those without registers do.
-    "dinov2": Teacher(DINOV2.format("vitl14", "_reg4"), "Apache-2.0", generic=True, shape=VIT14 | LARGE | REGISTERS),
-    "mast3r": Teacher(NAVER + "MASt3R/MASt3R_ViTLarge_BaseDecoder_512_catmlpdpt_metric.pth",
-                      normalisation=HALF, **CROCO),
+    "dinov2": Teacher(DINOV2.format("vitl14", "_reg4"), "Apache-2.0", generic=True, shape=L14 | REGISTERS),
+    "mast3r": Teacher(NAVER + "MASt3R/MASt3R_ViTLarge_BaseDecoder_512_catmlpdpt_metric.pth", images=HALF, **CROCO),
     "multihmr": Teacher(NAVER + "MultiHMR/multiHMR_672_L.pt", "CC BY-NC-SA 4.0", inside="model_state_dict",
-                        prefix=r"backbone\.encoder\.", distil_cls=False, domain="people", shape=VIT14 | LARGE),
+                        prefix=r"backbone\.encoder\.", distil_cls=False, domain="people", shape=L14),
     # DINOv2 as its hub builds it, and smaller ones without registers
     "dinov2_reg": Teacher(DINOV2.format("vitl14", "_reg4"), "Apache-2.0", generic=True, vit=dict(position="antialias"),
-                          shape=VIT14 | LARGE | REGISTERS),
-    "dinov2_vits14": Teacher(DINOV2.format("vits14", ""), "Apache-2.0", generic=True, shape=VIT14 | SMALL),
-    "dinov2_vitb14": Teacher(DINOV2.format("vitb14", ""), "Apache-2.0", generic=True, shape=VIT14 | BASE),
+                          shape=L14 | REGISTERS),
+    "dinov2_vits14": Teacher(DINOV2.format("vits14", ""), "Apache-2.0", generic=True, shape=S14),
+    "dinov2_vitb14": Teacher(DINOV2.format("vitb14", ""), "Apache-2.0", generic=True, shape=B14),
     # UNIC's four
-    "dino": Teacher(META + "dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", "Apache-2.0",
-                    shape=VIT16 | BASE),
+    "dino": Teacher(META + "dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", "Apache-2.0", shape=B16),
     "ibot": Teacher(BYTE + "archive/2022/ibot/vitb_16_rand_mask/checkpoint_teacher.pth", "Apache-2.0",
-                    inside="state_dict", shape=VIT16 | BASE),
-    "deit3": Teacher(META + "deit/deit_3_base_224_1k.pth", "Apache-2.0", inside="model", layout="deit3",
-                     prefix=r"(?!head\.)", rename={r"\.gamma_(\d)$": r".ls\1.gamma"},
-                     shape=VIT16 | BASE | dict(layer_scale=1e-4)),
+                    inside="state_dict", shape=B16),
+    "deit3": Teacher(META + "deit/deit_3_base_224_1k.pth", "Apache-2.0", inside="model", prefix=r"(?!head\.)",
+                     layout="deit3", rename={r"\.gamma_(\d)$": r".ls\1.gamma"}, shape=B16 | dict(layer_scale=1e-4)),
     "dbotft": Teacher(BYTE + "mmodal/dbot/84.5_dbot_base_finetune.pth", "CC BY-NC 4.0", inside="model",
-                      prefix=r"(?!head\.)", rename={r"^fc_norm\.": "norm."}, pool="mean", shape=VIT16 | BASE),
+                      prefix=r"(?!head\.)", rename={r"^fc_norm\.": "norm."}, pool="mean", shape=B16),
     # DUNE, as teacher of the next one: these, or any checkpoint of ours by --weights
-    "dune_base": Teacher(dune.PUBLISHED.format("dune_vitbase14_448"), shape=VIT14 | BASE | REGISTERS, **DUNE),
-    "dune_small": Teacher(dune.PUBLISHED.format("dune_vitsmall14_448"), shape=VIT14 | SMALL | REGISTERS, **DUNE),
+    "dune_base": Teacher(dune.PUBLISHED.format("dune_vitbase14_448"), shape=B14 | REGISTERS, **DUNE),
+    "dune_small": Teacher(dune.PUBLISHED.format("dune_vitsmall14_448"), shape=S14 | REGISTERS, **DUNE),
     # 3D scenes and depth
-    "dust3r": Teacher(NAVER + "DUSt3R/DUSt3R_ViTLarge_BaseDecoder_512_dpt.pth", normalisation=HALF, **CROCO),
+    "dust3r": Teacher(NAVER + "DUSt3R/DUSt3R_ViTLarge_BaseDecoder_512_dpt.pth", images=HALF, **CROCO),
     "croco": Teacher(NAVER + "CroCo/CroCo_V2_ViTLarge_BaseDecoder.pth", **CROCO),
     "vggt": Teacher(HUB + "facebook/VGGT-1B/resolve/main/model.pt", "VGGT, non-commercial", domain="rooms",
                     prefix=r"aggregator\.patch_embed\.", vit=dict(position="antialias"), distil_cls=False,
-                    shape=VIT14 | LARGE | REGISTERS),
-    "depth_anything_v2_vits": Teacher(DEPTH.format("Small", "vits"), "Apache-2.0", shape=VIT14 | SMALL, **DEPTH_ANY),
-    "depth_anything_v2_vitb": Teacher(DEPTH.format("Base", "vitb"), "CC BY-NC 4.0", shape=VIT14 | BASE, **DEPTH_ANY),
-    "depth_anything_v2_vitl": Teacher(DEPTH.format("Large", "vitl"), "CC BY-NC 4.0", shape=VIT14 | LARGE, **DEPTH_ANY),
+                    shape=L14 | REGISTERS),
+    "depth_anything_v2_vits": Teacher(DEPTH.format("Small", "vits"), "Apache-2.0", shape=S14, **DEPTH_ANY),
+    "depth_anything_v2_vitb": Teacher(DEPTH.format("Base", "vitb"), "CC BY-NC 4.0", shape=B14, **DEPTH_ANY),
+    "depth_anything_v2_vitl": Teacher(DEPTH.format("Large", "vitl"), "CC BY-NC 4.0", shape=L14, **DEPTH_ANY),
     # Of images alone, or of images and text
     "mae_vitl16": Teacher(META + "mae/pretrain/mae_pretrain_vit_large.pth", "CC BY-NC 4.0", inside="model",
-                          distil_cls=False, vit=dict(position="size"), shape=VIT16 | LARGE),
+                          distil_cls=False, vit=dict(position="size"), shape=L16),
     "siglip2_vitb16": Teacher(HUB + "google/siglip2-base-patch16-256/resolve/main/model.safetensors",
-                              shape=VIT16 | BASE | dict(image_size=256, class_token=False), **SIGLIP),
+                              shape=B16 | dict(image_size=256, class_token=False), **SIGLIP),
     "siglip2_vitl16": Teacher(HUB + "google/siglip2-large-patch16-256/resolve/main/model.safetensors",
-                              shape=VIT16 | LARGE | dict(image_size=256, class_token=False), **SIGLIP),
-    "dinov3_vits16": Teacher(gated="dinov3_vits16_pretrain_lvd1689m-*.pth", shape=VIT16 | SMALL | REGISTERS, **DINOV3),
-    "dinov3_vitb16": Teacher(gated="dinov3_vitb16_pretrain_lvd1689m-*.pth", shape=VIT16 | BASE | REGISTERS, **DINOV3),
-    "dinov3_vitl16": Teacher(gated="dinov3_vitl16_pretrain_lvd1689m-*.pth", shape=VIT16 | LARGE | REGISTERS, **DINOV3),
+                              shape=L16 | dict(image_size=256, class_token=False), **SIGLIP),
+    "dinov3_vits16": Teacher(gated="dinov3_vits16_pretrain_lvd1689m-*.pth", shape=S16 | REGISTERS, **DINOV3),
+    "dinov3_vitb16": Teacher(gated="dinov3_vitb16_pretrain_lvd1689m-*.pth", shape=B16 | REGISTERS, **DINOV3),
+    "dinov3_vitl16": Teacher(gated="dinov3_vitl16_pretrain_lvd1689m-*.pth", shape=L16 | REGISTERS, **DINOV3),
     "eupe_vitt16": Teacher(HUB + "facebook/EUPE-ViT-T",
-                           shape=VIT16 | SMALL | REGISTERS | dict(embed_dim=192, num_heads=3), **EUPE),
-    "eupe_vits16": Teacher(HUB + "facebook/EUPE-ViT-S", shape=VIT16 | SMALL | REGISTERS, **EUPE),
-    "eupe_vitb16": Teacher(HUB + "facebook/EUPE-ViT-B", shape=VIT16 | BASE | REGISTERS, **EUPE),
+                           shape=S16 | REGISTERS | dict(embed_dim=192, num_heads=3), **EUPE),
+    "eupe_vits16": Teacher(HUB + "facebook/EUPE-ViT-S", shape=S16 | REGISTERS, **EUPE),
+    "eupe_vitb16": Teacher(HUB + "facebook/EUPE-ViT-B", shape=B16 | REGISTERS, **EUPE),
 }
 
 # ---- The frozen teacher ----------------------------------------------------------------------------------------------
@@ -142,7 +138,7 @@ class FrozenTeacher(nn.Module):
         self.patch_size = vit.patch_size
         self.gives_cls = bool(row.pool) or vit.cls_token is not None
         self.has_cls = self.gives_cls and row.distil_cls  # whether a student learns a class token from it
-        self.prepare = Prepare(vit, IMAGENET, row.normalisation)
+        self.prepare = Prepare(vit, IMAGENET, row.images)
         self.eval().requires_grad_(False)
         if dtype != torch.float32:
             for module in self.modules():
@@ -505,7 +501,7 @@ def make_specialist(name, count, batch=16):
     scenes = specialist_scenes(name, count)
     torch.manual_seed(0)
     vit = ViT(**recipe["shape"], **row.vit)
-    prepare = Prepare(vit, IMAGENET, row.normalisation)
+    prepare = Prepare(vit, IMAGENET, row.images)
     probe = PROBES[row.domain](vit.embed_dim, TINY_GRID)
     parameters = [*vit.parameters(), *probe.parameters()]
     pairs = row.domain == "rooms"
@@ -858,7 +854,7 @@ def main():
         teacher = load_teacher(name, "random", device="meta")
         millions = round(sum(p.numel() for p in teacher.parameters()) / 1e6)
         cls = "distilled" if teacher.has_cls else "unused" if teacher.gives_cls else "none"
-        images = "ImageNet" if row.normalisation == IMAGENET else "0.5"
+        images = "ImageNet" if row.images == IMAGENET else "0.5"
         path = f"ask at {row.url}" if row.gated else dune.cached(row.url)
         here = "+" if os.path.exists(path) else "-"
         print(line(name, row.domain, millions, teacher.patch_size, cls, images, row.license, here, path))

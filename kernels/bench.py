@@ -183,14 +183,10 @@ def code(kernel):
     loops = [0]
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
-        labels, count = {}, 0
-        for line in text.splitlines():
-            if line.startswith(".L"):
-                labels[line.split(":")[0]] = count
-            elif re.match(r"\s+(v|ds|global|buffer|flat)_", line):
-                count += 1
-            elif re.match(r"\s+s_c?branch", line):
-                loops.append(count - labels.get(line.split()[-1], count))
+        vector = [m.start() for m in re.finditer(r"(?m)^[ \t]+(v|ds|global|buffer|flat)_", text)]
+        labels = {m[1]: m.start() for m in re.finditer(r"(?m)^(\.L\w+):", text)}
+        for m in re.finditer(r"(?m)^[ \t]+s_c?branch\w* +(\S+)", text):
+            loops.append(sum(labels.get(m[1], m.start()) < at < m.start() for at in vector))
         used, spilled = (int(re.search(rf"\.vgpr_{what}: +(\d+)", text)[1]) for what in ("count", "spill_count"))
         return used, spilled, max(loops)
     tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
