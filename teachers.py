@@ -789,7 +789,6 @@ class People(nn.Module):
         people = self.decode(self.query(tokens, image, patch), patch, K[image], grid[1])
         people["score"] = scores[image, patch]
         found = [[] for _ in images]
-        image = image.tolist()
         for q in people["score"].argsort(descending=True).tolist():
             found[image[q]].append({key: value[q] for key, value in people.items()})
         return found

@@ -157,8 +157,8 @@ def compile_ahead(D, dtype, target=("cuda", 90, 32), tokens=(128, 576), ones=(),
         signature = {n: pointers.get(n, "fp32" if n == "eps" else "i32") for n in kernel.arg_names}
         constants = {n: value for n, value in constants.items() if n in signature}
         signature |= dict.fromkeys(constants, "constexpr")
-        aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
-        source = ASTSource(kernel, signature, constants, aligned)
+        pointed = [i for i, type_ in enumerate(signature.values()) if type_[0] == "*"]
+        source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in pointed})
         options = {"num_warps": warps, "enable_fp_fusion": True}
         result[name] = triton.compile(source, target=GPUTarget(*target), options=options)
     return result
@@ -186,7 +186,8 @@ def code(kernel):
         vector = [m.start() for m in re.finditer(r"(?m)^[ \t]+(v|ds|global|buffer|flat)_", text)]
         labels = {m[1]: m.start() for m in re.finditer(r"(?m)^(\.L\w+):", text)}
         for m in re.finditer(r"(?m)^[ \t]+s_c?branch\w* +(\S+)", text):
-            loops.append(sum(labels.get(m[1], m.start()) < at < m.start() for at in vector))
+            begin = labels.get(m[1], m.start())
+            loops.append(sum(begin < at < m.start() for at in vector))
         used, spilled = (int(re.search(rf"\.vgpr_{what}: +(\d+)", text)[1]) for what in ("count", "spill_count"))
         return used, spilled, max(loops)
     tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -266,7 +267,8 @@ def run(quick):
     for short, dtype in dtypes.items():
         for D, batch, N in itertools.product(channels, batches, tokens):
             found = reach(sheet, D, short) if sheet else {}
-            bench((batch, *N, D), dtype, device, copy, {name: speed for name, (_, speed) in found.items()})
+            reachable = {name: speed for name, (_, speed) in found.items()}
+            bench((batch, *N, D), dtype, device, copy, reachable)
 
 
 class Parser(argparse.ArgumentParser):
