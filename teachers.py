@@ -156,12 +156,17 @@ class FrozenTeacher(nn.Module):
             cls = images.new_empty(0, self.dim, dtype=self.dtype) if self.gives_cls else None
             return {"cls": cls, "patch": images.new_empty(0, rows * cols, self.dim, dtype=self.dtype)}
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            features = self.vit(self.prepare(images, grid), norm=self.pool != "mean")
-            if self.pool == "mean":
-                features["cls"] = self.vit.norm(features["patch"].mean(1))
-            elif self.pool == "attention":
-                features["cls"] = self.vit.pool(features["patch"])
+            features = self.features(images, grid)
         return {kind: None if x is None else x.to(self.dtype) for kind, x in features.items()}
+
+    def features(self, images, grid=None):
+        """forward() without autocast, which is not on every device."""
+        features = self.vit(self.prepare(images, grid), norm=self.pool != "mean")
+        if self.pool == "mean":
+            features["cls"] = self.vit.norm(features["patch"].mean(1))
+        elif self.pool == "attention":
+            features["cls"] = self.vit.pool(features["patch"])
+        return features
 
 class Prepare(nn.Module):
     """Images [B, 3, H, W] as an encoder wants them: resized (bicubic) to the token grid that is asked for, if any, and
