@@ -138,10 +138,7 @@ class ViT(nn.Module):
 
         images [B, 3, H, W], ImageNet-normalised. every_block: a list with each block's output, not the last alone.
         """
-        height, width = images.shape[-2:]
-        if height % self.patch_size or width % self.patch_size:
-            raise Oops(f"image size {height}x{width} is no multiple of the patch size {self.patch_size}")
-        rows, cols = height // self.patch_size, width // self.patch_size
+        rows, cols = token_grid(images, self.patch_size)
         x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)
         x = x.to(self.norm.weight.dtype)  # under autocast, too, what goes from block to block is fp32
         if self.pos_embed is not None:
@@ -188,6 +185,13 @@ SIZES = {  # the field's ViT sizes; tiny is this project's own, for the laptop
     "base": dict(embed_dim=768, depth=12, num_heads=12),
     "large": dict(embed_dim=1024, depth=24, num_heads=16),
 }
+
+def token_grid(images, patch):
+    """(rows, cols) of the tokens of images [..., H, W]. Oops if a side is no multiple of the patch size."""
+    height, width = images.shape[-2:]
+    if height % patch or width % patch:
+        raise Oops(f"image size {height}x{width} is no multiple of the patch size {patch}")
+    return height // patch, width // patch
 
 def attend(q, k, v):
     """softmax(q k^T / sqrt(d)) v of [B, heads, N, d]."""

@@ -170,7 +170,7 @@ def study_scenes(seed, look, train, test, pairs):
         else:
             known = on(look.device, data.labelled_scenes(domain, first, train, look.size))
         new = on(look.device, data.labelled_scenes(domain, unseen, test, look.size))
-        targets = zoo.Probe(domain, 1, look.grid).targets
+        targets = zoo.PROBES[domain](1, look.grid).targets
         scenes[domain] = known["image"], [targets(part) for part in chunks(known)], new["image"], targets(new)
     scenes["pairs"] = room_views(unseen + 10**8, pairs, look.size)
     return scenes
@@ -197,9 +197,9 @@ def study_row(reader, scenes, grid, seed, steps=None, said=None):
         scale = {kind: moments(x[kind]) for kind in x}
         x, y = ({kind: (z[kind] - mean) / std for kind, (mean, std) in scale.items()} for z in (x, y))
         torch.manual_seed(seed)
-        probe = trained_probe(zoo.Probe(domain, x["patch"].shape[-1], grid), x, targets, steps)
+        probe = trained_probe(zoo.PROBES[domain](x["patch"].shape[-1], grid), x, targets, steps)
         with torch.no_grad():
-            out = probe(y, truth)
+            out = probe(y)
         row.update(probe.metrics(out, truth))
         if said is not None:
             said[domain] = out
@@ -219,7 +219,7 @@ def trained_probe(probe, features, targets, steps):
 
     def loss(step):
         part, truth = pairs[step % len(pairs)]
-        return probe.loss(probe(part, truth), truth)
+        return probe.loss(probe(part), truth)
     zoo.fit(list(probe.parameters()), loss, steps, 1e-1)
     return probe
 
@@ -1065,7 +1065,7 @@ def train_two_view(encoder, pairs, look, args, title, batch=8):
         views = model(*(part["image"] / 127.5 - 1).unbind(1))
         # In a few hundred steps 0.075, MASt3R's, teaches no descriptors.
         return two_view_loss(views, zoo.pair_geometry(part), matching=1.0 if tiny else 0.075)
-    zoo.fit(groups, loss, args.steps, 6e-3 if tiny else 1e-4, betas=(0.9, 0.95), clip=1.0, what=title)
+    zoo.fit(groups, loss, args.steps, 6e-3 if tiny else 1e-4, beta2=0.95, clip=1.0, what=title)
     return model.eval()
 
 @torch.no_grad()
@@ -1075,7 +1075,7 @@ def begin_two_view(model, images):
         for conv in head.modules():
             if isinstance(conv, nn.Conv2d):  # torch's own start lets a signal shrink by 0.58 in each of a dozen layers
                 nn.init.kaiming_normal_(conv.weight, nonlinearity="linear")
-        last, local = head.dpt.head["4"], head.head_local_features.fc2
+        last, local = head.dpt.head[4], head.head_local_features.fc2
         nn.init.normal_(last.weight, std=1e-3)  # all points begin three metres ahead
         last.bias.copy_(torch.tensor([0.0, 0.0, math.log(4), 0.0]))
         weight = local.weight.view(-1, model.patch**2, local.in_features)

@@ -7,7 +7,6 @@ Then MASt3R's two-view decoder, on its own encoder or on a DUNE, and a head for 
 `python teachers.py` prints the table.
 """
 
-import argparse
 import hashlib
 import os
 import re
@@ -25,22 +24,23 @@ from dune import Attention, Mlp, Oops, SIZES, ViT
 
 # ---- The table -------------------------------------------------------------------------------------------------------
 
+IMAGENET = IMAGENET_MEAN, IMAGENET_STD  # two normalisations of images
+HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
 @dataclass(frozen=True)
 class Teacher:
     """One row of TEACHERS: where its weights are, where the encoder is in the file, how it differs from a plain ViT."""
-    url: str                     # of its file; of a gated one: of the page to ask for it; "": only by --weights
+    url: str                     # of its file; of a gated one: of the page to ask for it
     license: str
     gated: str = ""              # what to ask for there
     inside: str = ""             # the key of the file that holds the state dict ("" = the file is it)
-    prefix: str = ""             # regular expression: the encoder's keys begin so, which is cut off; others stay out
+    prefix: str = ""             # regular expression: the encoder's keys begin so, which is cut off; others are not its
     rename: dict = field(default_factory=dict)  # regular expression -> replacement, towards DINOv2's key names
-    ignore: str = r"$^"          # then: keys (regular expression) in the published file that are not the encoder's
     layout: str = ""             # what renaming cannot do: a name of LAYOUTS
     vit: dict = field(default_factory=dict)     # options of ViT that the tensors do not show: position, eps, gelu
     pool: str = ""               # what its class feature is: "" = its class token, or see FrozenTeacher
     distil_cls: bool = True      # whether its class token is worth learning: Multi-HMR never trained its own
-    mean: tuple = IMAGENET_MEAN  # the normalisation that this teacher's images want
-    std: tuple = IMAGENET_STD
+    images: tuple = IMAGENET     # (mean, std): the normalisation in which it wants them
     domain: str = "objects"      # what it knows, a name of data.SCENES
     generic: bool = False        # its data shows everything there is: with --sharing own+generic all teachers see it
     shape: dict = field(default_factory=dict)   # published size, for random weights; a file's is read off its tensors
@@ -51,74 +51,70 @@ NAVER = "https://download.europe.naverlabs.com/ComputerVision/"
 BYTE = "https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/"
 HUB = "https://huggingface.co/"
 DEPTH = HUB + "depth-anything/Depth-Anything-V2-{}/resolve/main/depth_anything_v2_{}.pth"
-HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 # Published sizes, and what families have in common
-SMALL, BASE, LARGE = SIZES["small"], SIZES["base"], SIZES["large"]
-VIT14 = dict(patch_size=14, image_size=518, registers=0)
-VIT16 = dict(patch_size=16, image_size=224, registers=0, layer_scale=None)
+S14, B14, L14 = [SIZES[size] | dict(patch_size=14, image_size=518, registers=0) for size in ("small", "base", "large")]
+S16, B16, L16 = [vit | dict(patch_size=16, image_size=224, layer_scale=None) for vit in (S14, B14, L14)]
 REGISTERS = dict(registers=4, layer_scale=1e-4)
 CROCO = dict(license="CC BY-NC-SA 4.0", inside="model", prefix=r"enc_(?=blocks|norm)|(?=patch_embed\.)", domain="rooms",
-             vit=dict(position="rope"), shape=VIT16 | LARGE | dict(class_token=False))
+             vit=dict(position="rope"), shape=L16 | dict(class_token=False))
 DUNE = dict(license="CC BY-NC-SA 4.0", inside="model", prefix=r"((module|_orig_mod)\.)*encoder\.")
 DEPTH_ANY = dict(prefix=r"pretrained\.", distil_cls=False, domain="rooms")  # its head reads patches alone
-SIGLIP = dict(license="Apache-2.0", layout="siglip", prefix=r"vision_model\.", pool="attention", generic=True, **HALF,
-              vit=dict(position="size", gelu="tanh"),
+SIGLIP = dict(license="Apache-2.0", layout="siglip", prefix=r"vision_model\.", pool="attention", generic=True,
+              images=HALF, vit=dict(position="size", gelu="tanh"),
               rename={r"^embeddings\.patch_embedding\.": "patch_embed.proj.", r"^encoder\.layers\.": "blocks.",
                       r"^embeddings\.position_embedding\.weight$": "pos_embed", r"\.layer_norm(\d)\.": r".norm\1.",
                       r"\.self_attn\.out_proj\.": ".attn.proj.", r"^post_layernorm\.": "norm.", r"^head\.": "pool."})
-V3 = dict(layout="dinov3", ignore=r"local_cls_norm\.", vit=dict(position="rope_centred", eps=1e-5), generic=True,
+V3 = dict(layout="dinov3", prefix=r"(?!local_cls_norm\.)", vit=dict(position="rope_centred", eps=1e-5), generic=True,
           rename={r"^storage_tokens$": "register_tokens", r"^rope_embed\.periods$": "rope_periods"})
 DINOV3 = dict(V3, url="https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/", license="DINOv3 License")
 EUPE = dict(V3, license="FAIR noncommercial", gated="its .pt file")
 
 TEACHERS = {
     # DUNE's three: 2D, 3D scenes, 3D people. Its DINOv2 resizes positions as those without registers do.
-    "dinov2": Teacher(DINOV2.format("vitl14", "_reg4"), "Apache-2.0", generic=True, shape=VIT14 | LARGE | REGISTERS),
-    "mast3r": Teacher(NAVER + "MASt3R/MASt3R_ViTLarge_BaseDecoder_512_catmlpdpt_metric.pth", **HALF, **CROCO),
+    "dinov2": Teacher(DINOV2.format("vitl14", "_reg4"), "Apache-2.0", generic=True, shape=L14 | REGISTERS),
+    "mast3r": Teacher(NAVER + "MASt3R/MASt3R_ViTLarge_BaseDecoder_512_catmlpdpt_metric.pth", images=HALF, **CROCO),
     "multihmr": Teacher(NAVER + "MultiHMR/multiHMR_672_L.pt", "CC BY-NC-SA 4.0", inside="model_state_dict",
-                        prefix=r"backbone\.encoder\.", distil_cls=False, domain="people", shape=VIT14 | LARGE),
+                        prefix=r"backbone\.encoder\.", distil_cls=False, domain="people", shape=L14),
     # DINOv2 as its hub builds it, and smaller ones without registers
     "dinov2_reg": Teacher(DINOV2.format("vitl14", "_reg4"), "Apache-2.0", generic=True, vit=dict(position="antialias"),
-                          shape=VIT14 | LARGE | REGISTERS),
-    "dinov2_vits14": Teacher(DINOV2.format("vits14", ""), "Apache-2.0", generic=True, shape=VIT14 | SMALL),
-    "dinov2_vitb14": Teacher(DINOV2.format("vitb14", ""), "Apache-2.0", generic=True, shape=VIT14 | BASE),
+                          shape=L14 | REGISTERS),
+    "dinov2_vits14": Teacher(DINOV2.format("vits14", ""), "Apache-2.0", generic=True, shape=S14),
+    "dinov2_vitb14": Teacher(DINOV2.format("vitb14", ""), "Apache-2.0", generic=True, shape=B14),
     # UNIC's four
-    "dino": Teacher(META + "dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", "Apache-2.0",
-                    shape=VIT16 | BASE),
+    "dino": Teacher(META + "dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", "Apache-2.0", shape=B16),
     "ibot": Teacher(BYTE + "archive/2022/ibot/vitb_16_rand_mask/checkpoint_teacher.pth", "Apache-2.0",
-                    inside="state_dict", shape=VIT16 | BASE),
-    "deit3": Teacher(META + "deit/deit_3_base_224_1k.pth", "Apache-2.0", inside="model", layout="deit3",
-                     ignore=r"head\.", rename={r"\.gamma_(\d)$": r".ls\1.gamma"},
-                     shape=VIT16 | BASE | dict(layer_scale=1e-4)),
+                    inside="state_dict", shape=B16),
+    "deit3": Teacher(META + "deit/deit_3_base_224_1k.pth", "Apache-2.0", inside="model", prefix=r"(?!head\.)",
+                     layout="deit3", rename={r"\.gamma_(\d)$": r".ls\1.gamma"}, shape=B16 | dict(layer_scale=1e-4)),
     "dbotft": Teacher(BYTE + "mmodal/dbot/84.5_dbot_base_finetune.pth", "CC BY-NC 4.0", inside="model",
-                      ignore=r"head\.", rename={r"^fc_norm\.": "norm."}, pool="mean", shape=VIT16 | BASE),
+                      prefix=r"(?!head\.)", rename={r"^fc_norm\.": "norm."}, pool="mean", shape=B16),
     # DUNE, as teacher of the next one: these, or any checkpoint of ours by --weights
-    "dune_base": Teacher(dune.PUBLISHED.format("dune_vitbase14_448"), shape=VIT14 | BASE | REGISTERS, **DUNE),
-    "dune_small": Teacher(dune.PUBLISHED.format("dune_vitsmall14_448"), shape=VIT14 | SMALL | REGISTERS, **DUNE),
+    "dune_base": Teacher(dune.PUBLISHED.format("dune_vitbase14_448"), shape=B14 | REGISTERS, **DUNE),
+    "dune_small": Teacher(dune.PUBLISHED.format("dune_vitsmall14_448"), shape=S14 | REGISTERS, **DUNE),
     # 3D scenes and depth
-    "dust3r": Teacher(NAVER + "DUSt3R/DUSt3R_ViTLarge_BaseDecoder_512_dpt.pth", **HALF, **CROCO),
+    "dust3r": Teacher(NAVER + "DUSt3R/DUSt3R_ViTLarge_BaseDecoder_512_dpt.pth", images=HALF, **CROCO),
     "croco": Teacher(NAVER + "CroCo/CroCo_V2_ViTLarge_BaseDecoder.pth", **CROCO),
     "vggt": Teacher(HUB + "facebook/VGGT-1B/resolve/main/model.pt", "VGGT, non-commercial", domain="rooms",
                     prefix=r"aggregator\.patch_embed\.", vit=dict(position="antialias"), distil_cls=False,
-                    shape=VIT14 | LARGE | REGISTERS),
-    "depth_anything_v2_vits": Teacher(DEPTH.format("Small", "vits"), "Apache-2.0", shape=VIT14 | SMALL, **DEPTH_ANY),
-    "depth_anything_v2_vitb": Teacher(DEPTH.format("Base", "vitb"), "CC BY-NC 4.0", shape=VIT14 | BASE, **DEPTH_ANY),
-    "depth_anything_v2_vitl": Teacher(DEPTH.format("Large", "vitl"), "CC BY-NC 4.0", shape=VIT14 | LARGE, **DEPTH_ANY),
+                    shape=L14 | REGISTERS),
+    "depth_anything_v2_vits": Teacher(DEPTH.format("Small", "vits"), "Apache-2.0", shape=S14, **DEPTH_ANY),
+    "depth_anything_v2_vitb": Teacher(DEPTH.format("Base", "vitb"), "CC BY-NC 4.0", shape=B14, **DEPTH_ANY),
+    "depth_anything_v2_vitl": Teacher(DEPTH.format("Large", "vitl"), "CC BY-NC 4.0", shape=L14, **DEPTH_ANY),
     # Of images alone, or of images and text
     "mae_vitl16": Teacher(META + "mae/pretrain/mae_pretrain_vit_large.pth", "CC BY-NC 4.0", inside="model",
-                          distil_cls=False, vit=dict(position="size"), shape=VIT16 | LARGE),
+                          distil_cls=False, vit=dict(position="size"), shape=L16),
     "siglip2_vitb16": Teacher(HUB + "google/siglip2-base-patch16-256/resolve/main/model.safetensors",
-                              shape=VIT16 | BASE | dict(image_size=256, class_token=False), **SIGLIP),
+                              shape=B16 | dict(image_size=256, class_token=False), **SIGLIP),
     "siglip2_vitl16": Teacher(HUB + "google/siglip2-large-patch16-256/resolve/main/model.safetensors",
-                              shape=VIT16 | LARGE | dict(image_size=256, class_token=False), **SIGLIP),
-    "dinov3_vits16": Teacher(gated="dinov3_vits16_pretrain_lvd1689m-*.pth", shape=VIT16 | SMALL | REGISTERS, **DINOV3),
-    "dinov3_vitb16": Teacher(gated="dinov3_vitb16_pretrain_lvd1689m-*.pth", shape=VIT16 | BASE | REGISTERS, **DINOV3),
-    "dinov3_vitl16": Teacher(gated="dinov3_vitl16_pretrain_lvd1689m-*.pth", shape=VIT16 | LARGE | REGISTERS, **DINOV3),
+                              shape=L16 | dict(image_size=256, class_token=False), **SIGLIP),
+    "dinov3_vits16": Teacher(gated="dinov3_vits16_pretrain_lvd1689m-*.pth", shape=S16 | REGISTERS, **DINOV3),
+    "dinov3_vitb16": Teacher(gated="dinov3_vitb16_pretrain_lvd1689m-*.pth", shape=B16 | REGISTERS, **DINOV3),
+    "dinov3_vitl16": Teacher(gated="dinov3_vitl16_pretrain_lvd1689m-*.pth", shape=L16 | REGISTERS, **DINOV3),
     "eupe_vitt16": Teacher(HUB + "facebook/EUPE-ViT-T",
-                           shape=VIT16 | SMALL | REGISTERS | dict(embed_dim=192, num_heads=3), **EUPE),
-    "eupe_vits16": Teacher(HUB + "facebook/EUPE-ViT-S", shape=VIT16 | SMALL | REGISTERS, **EUPE),
-    "eupe_vitb16": Teacher(HUB + "facebook/EUPE-ViT-B", shape=VIT16 | BASE | REGISTERS, **EUPE),
+                           shape=S16 | REGISTERS | dict(embed_dim=192, num_heads=3), **EUPE),
+    "eupe_vits16": Teacher(HUB + "facebook/EUPE-ViT-S", shape=S16 | REGISTERS, **EUPE),
+    "eupe_vitb16": Teacher(HUB + "facebook/EUPE-ViT-B", shape=B16 | REGISTERS, **EUPE),
 }
 
 # ---- The frozen teacher ----------------------------------------------------------------------------------------------
@@ -126,24 +122,23 @@ TEACHERS = {
 class FrozenTeacher(nn.Module):
     """A teacher's encoder behind one interface: ImageNet-normalised images in, tokens on the asked grid out, frozen.
 
-    pool    where a class feature comes from that is no class token: the "mean" of the patch tokens, through the norm,
-            which they then stay without (dBOT); or an AttentionPool of them (SigLIP)
+    vit     of a teacher whose class feature is an AttentionPool of the patch tokens (SigLIP): with it, as vit.pool; the
+            other class feature that is no token is their "mean", through the norm, which they then stay without (dBOT)
     dtype   bf16: so are the weights of matrix products, which run under autocast; all else is fp32, also what goes from
             block to block. The features have this type.
     """
 
-    def __init__(self, name, vit, pool=None, dtype=torch.float32):
+    def __init__(self, name, vit, dtype=torch.float32):
         super().__init__()
         row = TEACHERS[name]
-        self.name = name
         self.vit = vit
-        self.pool = pool
+        self.pool = row.pool
         self.dtype = dtype
         self.dim = vit.embed_dim
         self.patch_size = vit.patch_size
-        self.gives_cls = bool(pool) or vit.cls_token is not None
+        self.gives_cls = bool(row.pool) or vit.cls_token is not None
         self.has_cls = self.gives_cls and row.distil_cls  # whether a student learns a class token from it
-        self.prepare = Prepare(IMAGENET_MEAN, IMAGENET_STD, row.mean, row.std)
+        self.prepare = Prepare(vit, IMAGENET, row.images)
         self.eval().requires_grad_(False)
         if dtype != torch.float32:
             for module in self.modules():
@@ -157,7 +152,7 @@ class FrozenTeacher(nn.Module):
         grid (rows, cols): the token grid that is wanted; images of another size are resized to it. None: as they are.
         """
         if len(images) == 0:
-            rows, cols = grid or [side // self.patch_size for side in images.shape[-2:]]
+            rows, cols = grid or dune.token_grid(images, self.patch_size)
             cls = images.new_empty(0, self.dim, dtype=self.dtype) if self.gives_cls else None
             return {"cls": cls, "patch": images.new_empty(0, rows * cols, self.dim, dtype=self.dtype)}
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -165,26 +160,32 @@ class FrozenTeacher(nn.Module):
         return {kind: None if x is None else x.to(self.dtype) for kind, x in features.items()}
 
     def features(self, images, grid=None):
-        """forward(), with gradient: for a specialist that still learns."""
-        size = tuple(n * self.patch_size for n in grid) if grid else images.shape[-2:]
-        features = self.vit(self.prepare(images, size), norm=self.pool != "mean")
+        """forward() without autocast, which is not on every device."""
+        features = self.vit(self.prepare(images, grid), norm=self.pool != "mean")
         if self.pool == "mean":
             features["cls"] = self.vit.norm(features["patch"].mean(1))
-        elif self.pool:
-            features["cls"] = self.pool(features["patch"])
+        elif self.pool == "attention":
+            features["cls"] = self.vit.pool(features["patch"])
         return features
 
 class Prepare(nn.Module):
-    """Images [B, 3, H, W] as an encoder wants them: of this size (bicubic), from one normalisation into another."""
+    """Images [B, 3, H, W] as an encoder wants them: resized (bicubic) to the token grid that is asked for, if any, and
+    from one normalisation into another.
 
-    def __init__(self, mean, std, new_mean, new_std):
+    given, wanted  (mean, std); wanted None: MASt3R's for an encoder with its positions, else ImageNet's
+    """
+
+    def __init__(self, encoder, given, wanted=None):
         super().__init__()
-        gain = [s / t for s, t in zip(std, new_std)]
-        offset = [(m - n) / t for m, n, t in zip(mean, new_mean, new_std)]
-        for key, value in (("gain", gain), ("offset", offset)):  # "cpu": also in a model that is made on "meta"
-            self.register_buffer(key, torch.tensor(value, device="cpu")[:, None, None], persistent=False)
+        self.patch_size = encoder.patch_size
+        wanted = wanted or (HALF if encoder.position == "rope" else IMAGENET)
+        both = torch.tensor([given, wanted], dtype=torch.double, device="cpu")  # also in a model that is made on "meta"
+        (mean, std), (new_mean, new_std) = both[..., None, None]
+        self.register_buffer("gain", (std / new_std).float(), persistent=False)
+        self.register_buffer("offset", ((mean - new_mean) / new_std).float(), persistent=False)
 
-    def forward(self, images, size):
+    def forward(self, images, grid=None):
+        size = tuple(n * self.patch_size for n in grid) if grid else images.shape[-2:]
         if images.shape[-2:] != size:
             images = F.interpolate(images, size, mode="bicubic", align_corners=True)
         return images * self.gain + self.offset
@@ -214,26 +215,22 @@ def load_teacher(name, weights=None, device="cpu", dtype=torch.float32):
     if name not in TEACHERS:
         raise Oops(f"unknown teacher '{name}'; there are: {', '.join(TEACHERS)}")
     row = TEACHERS[name]
-    if not row.url and not weights:
-        raise Oops(f"{name} has no published file: pass one, --weights {name}=FILE")
     if row.gated and not weights:
         raise Oops(f"{name} is not open to all: ask for {row.gated} at {row.url} and pass it, --weights {name}=FILE")
-    if weights == "random":
-        with torch.device(device):
-            vit = ViT(**row.shape, **row.vit)
-            pool = AttentionPool(vit.embed_dim) if row.pool == "attention" else row.pool
-    else:
+    random = weights == "random"
+    if not random:
         path = weights or dune.fetch(row.url)
         state = encoder_state(name, dune.read_checkpoint(path), path)
-        of_pool = {key: state.pop(key) for key in list(state) if row.pool == "attention" and key.startswith("pool.")}
-        vit = dune.load_strictly(dune.vit_from_state(state, path, **row.vit), state, path)
-        pool = row.pool
-        if pool == "attention":
-            pool = dune.load_strictly(AttentionPool(vit.embed_dim), dune.below(of_pool, "pool."), path)
-    return FrozenTeacher(name, vit, pool, dtype).to(device)
+    with torch.device(device if random else "meta"):
+        vit = ViT(**row.shape, **row.vit) if random else dune.vit_from_state(state, path, **row.vit)
+        if row.pool == "attention":
+            vit.pool = AttentionPool(vit.embed_dim)
+    if not random:
+        dune.load_strictly(vit, state, path)
+    return FrozenTeacher(name, vit, dtype).to(device)
 
 def encoder_state(name, file, path):
-    """The encoder's tensors of a published file, under ViT's key names, and under "pool." those of an AttentionPool."""
+    """The encoder's tensors of a published file, under ViT's key names, those of an AttentionPool under "pool."."""
     row = TEACHERS[name]
     part = dune.entry(file, row.inside, dict, path) if row.inside else file
     state = {}
@@ -243,20 +240,13 @@ def encoder_state(name, file, path):
             key = str(key)[found.end():]
             for old, new in row.rename.items():
                 key = re.sub(old, new, key)
-            if not re.match(row.ignore, key):
-                state[key] = value
+            state[key] = value
     state = dune.plain_keys(state)
-    if not state:
-        raise Oops(f"{path} is no file of teacher {name}: nothing in it belongs to the encoder")
     try:
         if row.layout:
             LAYOUTS[row.layout](state)
-        widths = [len(state[key]) for key in ("blocks.0.mlp.fc1.weight", "patch_embed.proj.weight")]
     except (KeyError, RuntimeError, TypeError, IndexError):
-        widths = 0, 1
-    if widths[0] != 4 * widths[1]:
-        raise Oops(f"{path} is no file of teacher {name}, or of a kind that is not supported: MLPs not 4 times as wide "
-                   "as the tokens (SwiGLU, So400m, 7B), heads of other than 64 channels")
+        raise Oops(f"{path} is no file of teacher {name}, or its heads have other than 64 channels") from None
     return state
 
 def from_deit3(state):
@@ -282,19 +272,19 @@ LAYOUTS = {"deit3": from_deit3, "dinov3": from_dinov3, "siglip": from_siglip}
 
 # ---- Probes, and the training of small things ------------------------------------------------------------------------
 
-def fit(parameters, loss, steps, lr, weight_decay=1e-2, betas=(0.9, 0.999), clip=0.0, what=None):
+def fit(parameters, loss, steps, lr, weight_decay=1e-2, beta2=0.999, clip=0.0, what=None):
     """The training loop of all small things (probes, specialists, decoders): AdamW with a one-cycle learning rate.
 
     parameters  a list of tensors, or of param groups, which may have their own "lr" (its peak) and "weight_decay"
     loss        loss(step) gives what this step minimises, a scalar
-    betas       the first swings by 0.05 around its value, against the rate;  clip  the gradient's largest norm, 0: any
+    beta2       AdamW's (its beta1 swings from 0.95 to 0.85 and back, against the rate)
+    clip        the gradient's largest norm, 0: any
     what        a name for a progress bar; None: no bar
     """
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=betas, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=(0.9, beta2), fused=True)
     groups = optimizer.param_groups
-    swing = {"base_momentum": betas[0] - 0.05, "max_momentum": betas[0] + 0.05}
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=[group["lr"] for group in groups], total_steps=steps + 1, pct_start=0.1, **swing)
+    peaks = [group["lr"] for group in groups]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=steps + 1, pct_start=0.1)
     for step in tqdm(range(steps), what, leave=False, disable=what is None):
         optimizer.zero_grad()
         loss(step).backward()
@@ -303,14 +293,11 @@ def fit(parameters, loss, steps, lr, weight_decay=1e-2, betas=(0.9, 0.999), clip
         optimizer.step()
         schedule.step()
 
-def Probe(domain, dim, grid):
-    """Linear layers that read one domain's labels off features: in an encoder's study, in a specialist's training."""
-    return {"objects": ObjectsProbe, "rooms": RoomsProbe, "people": PeopleProbe}[domain](dim, grid)
-
-class LinearProbe(nn.Module):
-    """For features {"cls": [B, dim] or None, "patch": [B, rows*cols, dim]} on a grid (rows, cols). A domain's probe has
-    targets(scenes): labels on the grid, where the scenes are; forward(features, targets): the predictions for them;
-    loss(out, targets); metrics(out, targets): {name: number}."""
+class Probe(nn.Module):
+    """Linear layers that read one domain's labels off features {"cls": [B, dim] or None, "patch": [B, rows*cols, dim]}
+    on a grid (rows, cols): in an encoder's study, in a specialist's training. Each has targets(scenes): labels on the
+    grid, where the scenes are; forward(features): predictions of them; loss(out, targets); metrics(out, targets):
+    {name: number}."""
     outputs = {}  # {head: its channels}
 
     def __init__(self, dim, grid):
@@ -318,7 +305,7 @@ class LinearProbe(nn.Module):
         self.grid = grid
         self.heads = nn.ModuleDict({name: nn.Linear(dim, channels) for name, channels in self.outputs.items()})
 
-class ObjectsProbe(LinearProbe):
+class ObjectsProbe(Probe):
     """The kind of the object (from the class token, or the mean patch), and each patch's kind or background."""
     outputs = {"patch": len(KINDS) + 1, "kind": len(KINDS)}
 
@@ -326,7 +313,7 @@ class ObjectsProbe(LinearProbe):
         cover = F.adaptive_avg_pool2d(scenes["mask"].float()[:, None], self.grid).flatten(1)
         return {"kind": scenes["label"], "patch": torch.where(cover > 0.5, scenes["label"][:, None] + 1, 0)}
 
-    def forward(self, features, targets):
+    def forward(self, features):
         whole = features["patch"].mean(1) if features["cls"] is None else features["cls"]
         return {"kind": self.heads["kind"](whole), "patch": self.heads["patch"](features["patch"])}
 
@@ -336,14 +323,11 @@ class ObjectsProbe(LinearProbe):
     def metrics(self, out, targets):
         """Accuracy of the kind and mean IoU of the patches, over the kinds that there are, in %."""
         right = (out["kind"].argmax(-1) == targets["kind"]).float().mean()
-        classes = out["patch"].shape[-1]
-        pairs = targets["patch"] * classes + out["patch"].argmax(-1)
-        counts = pairs.flatten().bincount(minlength=classes**2).view(classes, classes)  # [truth, guess]
-        truth, guess, both = counts.sum(1), counts.sum(0), counts.diag()
-        overlap = (both / (truth + guess - both))[truth > 0].mean()
-        return {"accuracy": 100 * right.item(), "mIoU": 100 * overlap.item()}
+        truth, guess = targets["patch"], out["patch"].argmax(-1)
+        overlap = [((truth == k) & (guess == k)).sum() / ((truth == k) | (guess == k)).sum() for k in truth.unique()]
+        return {"accuracy": 100 * right.item(), "mIoU": 100 * torch.stack(overlap).mean().item()}
 
-class RoomsProbe(LinearProbe):
+class RoomsProbe(Probe):
     """Each patch's log depth and surface normal."""
     outputs = {"patch": 4}
 
@@ -351,7 +335,7 @@ class RoomsProbe(LinearProbe):
         maps = torch.cat([scenes["depth"].log()[:, None], scenes["normals"].permute(0, 3, 1, 2)], 1)
         return self.parts(F.adaptive_avg_pool2d(maps, self.grid).flatten(2).mT)
 
-    def forward(self, features, targets):
+    def forward(self, features):
         return self.parts(self.heads["patch"](features["patch"]))
 
     def parts(self, x):
@@ -370,7 +354,7 @@ class RoomsProbe(LinearProbe):
         return {"depth RMSE": metres.square().mean().sqrt().item(), "delta1": 100 * close.float().mean().item(),
                 "normals": torch.rad2deg(angle).mean().item()}
 
-class PeopleProbe(LinearProbe):
+class PeopleProbe(Probe):
     """For each joint: which patches hold one, where in the image (fractions), where in 3D (metres from the pelvis)."""
     outputs = {"patch": 6 * len(JOINTS)}
 
@@ -379,24 +363,21 @@ class PeopleProbe(LinearProbe):
         joints = scenes["joints2d"]  # [n, figures, joints, 2]
         metres = scenes["joints3d"] - scenes["joints3d"][:, :, 2:3]
         inside = scenes["visible"][..., None] & ((joints >= 0) & (joints < 1)).all(-1)
-        middle = centres(rows, cols, joints.device)
         size = torch.tensor([cols, rows], device=joints.device)
         # For every patch and kind of joint the nearest one: a soft spot around it (1 at it, 0.6 a patch away), and its
         # place in 2D and 3D.
-        gap = (joints[:, :, None] - middle[:, None]) * size
+        gap = (joints[:, :, None] - centres(rows, cols, joints.device)[:, None]) * size
         near, figure = (torch.exp(-gap.square().sum(-1) / 2) * inside[:, :, None]).max(1)
-        image, _, joint = torch.meshgrid(*[torch.arange(n, device=joints.device) for n in near.shape], indexing="ij")
-        nearest = image, figure, joint
-        image, figure, joint = inside.nonzero(as_tuple=True)
-        truth = joints[image, figure, joint]
-        col, row = (truth * size).long().unbind(-1)
-        return {"near": near, "place": joints[nearest], "xyz": metres[nearest], "centres": middle, "truth": truth,
-                "metres": metres[image, figure, joint], "at": torch.stack([image, row * cols + col, joint])}
+        place, xyz = [x.take_along_dim(figure[..., None], 1) for x in (joints, metres)]
+        image, _, joint = inside.nonzero(as_tuple=True)
+        col, row = (joints[inside] * size).long().unbind(-1)
+        return {"near": near, "place": place, "xyz": xyz, "truth": joints[inside], "metres": metres[inside],
+                "at": torch.stack([image, row * cols + col, joint])}
 
-    def forward(self, features, targets):
+    def forward(self, features):
         heads = self.heads["patch"](features["patch"]).unflatten(-1, (len(JOINTS), 6))
         near, offset, xyz = heads.split([1, 2, 3], -1)
-        return {"near": near[..., 0], "place": offset + targets["centres"][:, None], "xyz": xyz}
+        return {"near": near[..., 0], "place": offset + centres(*self.grid, near.device)[:, None], "xyz": xyz}
 
     def loss(self, out, targets):
         weight = targets["near"] * (targets["near"] > 0.3)
@@ -408,19 +389,37 @@ class PeopleProbe(LinearProbe):
         """Joints that one of the three best guesses of their kind finds to 5 % of the side, in %; 3D error in cm."""
         image, patch, joint = targets["at"]
         best = out["near"].topk(3, dim=1).indices  # [n, 3, joints]
-        guess = out["place"].gather(1, best[..., None].expand(-1, -1, -1, 2))[image, :, joint]
+        guess = out["place"].take_along_dim(best[..., None], 1)[image, :, joint]
         found = (guess - targets["truth"][:, None]).norm(dim=-1).amin(1) < 0.05
         apart = (out["xyz"][image, patch, joint] - targets["metres"]).norm(dim=-1)
         return {"joints 2D": 100 * found.float().mean().item(), "joints 3D": 100 * apart.mean().item()}
+
+PROBES = {"objects": ObjectsProbe, "rooms": RoomsProbe, "people": PeopleProbe}
+
+# ---- Geometry --------------------------------------------------------------------------------------------------------
+# Camera frame: x right, y down, z forward, in metres. K [3, 3] is of pixels (x, y) with centres at integer + 0.5.
 
 def centres(rows, cols, device=None):
     """[rows * cols, 2]: the middle of each cell of a grid as (x, y) fractions of the sides."""
     y, x = [(torch.arange(n, device=device) + 0.5) / n for n in (rows, cols)]
     return torch.cartesian_prod(y, x).flip(-1)
 
+def rays(pixels, K):
+    """[..., n, 2] -> [..., n, 3], as long as to have z = 1."""
+    return transform(K.inverse(), F.pad(pixels, (0, 1), value=1.0))
+
+def project(points, K):
+    """[..., n, 3] in the camera's frame -> pixels [..., n, 2]; what is not before the camera is taken as 5 cm ahead."""
+    flat = transform(K, points)
+    return flat[..., :2] / flat[..., 2:].clamp(min=0.05)
+
+def transform(matrix, points):
+    """Matrices [..., 3, 3] times points [..., n, 3]; in fp32 under autocast too: places want more digits than bf16."""
+    with torch.autocast(points.device.type, enabled=False):
+        return points @ matrix.mT
+
 # ---- Pairs of views --------------------------------------------------------------------------------------------------
-# A pair: image uint8 [2, 3, S, S], depth [2, S, S] metres along z (0: unknown), K [2, 3, 3] pixels (centres at integer
-# + 0.5), pose [2, 4, 4] camera to world. Camera frame: x right, y down, z forward.
+# A pair: image uint8 [2, 3, S, S], depth [2, S, S] along z (0: unknown), K [2, 3, 3], pose [2, 4, 4] camera to world.
 
 def room_pairs(start, count, size):
     """`count` procedural rooms, each seen by both of its cameras, as one batch of pairs."""
@@ -434,21 +433,20 @@ def pair_geometry(pairs):
     place [B, S, S, 2]      where in view 2 (pixels) view 1's points are; seen [B, S, S] bool: which of them it sees:
                             before it, inside its image and not hidden
     """
-    depth = pairs["depth"]
-    size = depth.shape[-1]
-    pixels = F.pad(centres(size, size, depth.device) * size, (0, 1), value=1.0).view(size, size, 3)
-    rays = pixels @ pairs["K"].inverse().mT[:, :, None]
+    size = pairs["depth"].shape[-1]
+    depth, K = pairs["depth"].flatten(2), pairs["K"]
     move = pairs["pose"][:, :1].inverse() @ pairs["pose"]  # [B, 2, 4, 4]: from each view's frame into view 1's
-    points = (rays * depth[..., None]) @ move[:, :, None, :3, :3].mT + move[:, :, None, None, :3, 3]
-    back = move[:, 1].inverse()[:, None]
-    there = points[:, 0] @ back[..., :3, :3].mT + back[:, :, None, :3, 3]
-    z = there[..., 2]
-    place = ((there @ pairs["K"][:, 1, None].mT)[..., :2] / z[..., None].clamp(min=1e-6)).nan_to_num(-1)
-    at = place.clamp(0, size - 1).long()
-    surface = depth[:, 1].flatten(1).gather(1, (at[..., 1] * size + at[..., 0]).flatten(1)).view_as(z)
+    back = move[:, 1].inverse()
+    points = rays(centres(size, size, depth.device) * size, K) * depth[..., None]
+    points = transform(move[..., :3, :3], points) + move[..., None, :3, 3]
+    there = transform(back[:, :3, :3], points[:, 0]) + back[:, None, :3, 3]
+    place, z = project(there, K[:, 1]), there[..., 2]
+    col, row = place.clamp(0, size - 1).long().unbind(-1)
+    surface = depth[:, 1].gather(1, row * size + col)
     inside = (z > 0) & ((place >= 0) & (place < size)).all(-1)
     seen = inside & (depth[:, 0] > 0) & (surface > 0) & ((surface - z).abs() < 0.05 * z)
-    return points, depth > 0, place, seen
+    square = size, size
+    return points.unflatten(2, square), pairs["depth"] > 0, place.unflatten(1, square), seen.unflatten(1, square)
 
 def patch_pairs(pairs, grid):
     """For the middle of each patch of view 1: which patch of view 2 shows it, int64 [B, rows*cols]; does any, bool."""
@@ -483,10 +481,9 @@ MATCHING, FINE = 1.0, 2  # weight of the matching loss beside depth's and normal
 def prepare_specialists(names):
     """Train the tiny specialists that are not in the cache yet: about half a minute each on two cores."""
     for name in names:
-        path = specialist_path(name)
-        if not os.path.exists(path):
+        if not os.path.exists(specialist_path(name)):
             dune.check_folder(data.cache_folder())
-            make_specialist(name, specialist_scenes(name, SPECIALISTS[name]["scenes"]), path)
+            make_specialist(name, SPECIALISTS[name]["scenes"])
 
 def specialist_path(name):
     """Where a tiny specialist lies. The name tells the recipe and how scenes look: after a change it is made anew."""
@@ -500,19 +497,19 @@ def specialist_scenes(name, count):
     domain, size = TEACHERS[name].domain, TINY["image_size"]
     return room_pairs(0, count // 2, size) if domain == "rooms" else data.labelled_scenes(domain, 0, count, size)
 
-def make_specialist(name, scenes, path, batch=16, seed=0):
-    """Train a tiny specialist on its own domain, from labels, and write it to `path` in the published layout.
+def make_specialist(name, count, batch=16):
+    """Train a tiny specialist on its own domain, from the labels of `count` images, and write it to specialist_path.
 
-    scenes: {label: tensor [n, ...]}, "image" uint8 [n, 3, S, S] and the labels that its probe reads; of rooms pairs
-    [n, 2, ...]: like MASt3R itself the tiny one also learns which places of two views are the same, finer than a patch.
+    Like MASt3R itself the tiny one also learns which places of two views are the same, finer than a patch.
     """
-    recipe, domain = SPECIALISTS[name], TEACHERS[name].domain
-    torch.manual_seed(seed)
-    vit = ViT(**recipe["shape"], **TEACHERS[name].vit)
-    teacher = FrozenTeacher(name, vit).train().requires_grad_(True)
-    probe = Probe(domain, vit.embed_dim, TINY_GRID)
+    recipe, row = SPECIALISTS[name], TEACHERS[name]
+    scenes = specialist_scenes(name, count)
+    torch.manual_seed(0)
+    vit = ViT(**recipe["shape"], **row.vit)
+    prepare = Prepare(vit, IMAGENET, row.images)
+    probe = PROBES[row.domain](vit.embed_dim, TINY_GRID)
     parameters = [*vit.parameters(), *probe.parameters()]
-    pairs = domain == "rooms"
+    pairs = row.domain == "rooms"
     if pairs:
         describe = nn.Linear(vit.embed_dim, FINE**2 * 16, bias=False)
         parameters += describe.parameters()
@@ -522,27 +519,25 @@ def make_specialist(name, scenes, path, batch=16, seed=0):
     def loss(step):
         part = {key: value[order[step * batch:(step + 1) * batch]] for key, value in scenes.items()}
         single = {key: value.flatten(0, 1) for key, value in part.items()} if pairs else part
-        targets = probe.targets(single)
         with torch.autocast("cpu", torch.bfloat16, enabled=dune.fast_bf16("cpu")):
-            features = teacher.features(data.normalise(single["image"]), TINY_GRID)
-            out = probe(features, targets)
-        total = probe.loss({key: value.float() for key, value in out.items()}, targets)
+            features = vit(prepare(data.normalise(single["image"]), TINY_GRID))
+            out = probe(features)
+        total = probe.loss({key: value.float() for key, value in out.items()}, probe.targets(single))
         if pairs:
             own, seen = patch_pairs(part, tuple(FINE * n for n in TINY_GRID))
             maps = describe(features["patch"].float()).mT.unflatten(2, TINY_GRID)
             one, two = F.pixel_shuffle(maps, FINE).flatten(2).mT.unflatten(0, (-1, 2)).unbind(1)
             total = total + MATCHING * contrast(one, two, own)[seen].mean()
         return total
-    fit(parameters, loss, len(order) // batch, recipe["lr"], weight_decay=0.03, betas=(0.9, 0.99), clip=1.0,
-        what=f"tiny {name}: learns {domain}")
-    with dune.writing(path) as file:
+    fit(parameters, loss, len(order) // batch, recipe["lr"], weight_decay=0.03, beta2=0.99, clip=1.0,
+        what=f"tiny {name}: learns {row.domain}")
+    with dune.writing(specialist_path(name)) as file:
         torch.save(published_layout(name, vit.state_dict()), file)
 
 def published_layout(name, state):
     """A specialist's state dict as the published file of that teacher would hold it."""
     if name == "mast3r":
-        model = {re.sub(r"^(blocks|norm)\.", r"enc_\1.", key): value for key, value in state.items()}
-        return {"args": argparse.Namespace(), "model": model}
+        return {"model": {re.sub(r"^(blocks|norm)\.", r"enc_\1.", key): value for key, value in state.items()}}
     if name == "multihmr":
         return {"model_state_dict": {f"backbone.encoder.{key}": value for key, value in state.items()}}
     return state
@@ -571,8 +566,7 @@ class TwoView(nn.Module):
         self.dec_norm = nn.LayerNorm(dim, eps=1e-6)
         self.downstream_head1 = TwoViewHead(encoder.embed_dim, dim, depth, self.patch, **head_sizes)
         self.downstream_head2 = TwoViewHead(encoder.embed_dim, dim, depth, self.patch, **head_sizes)
-        to = HALF if encoder.position == "rope" else dict(mean=IMAGENET_MEAN, std=IMAGENET_STD)
-        self.prepare = Prepare(HALF["mean"], HALF["std"], to["mean"], to["std"])
+        self.prepare = Prepare(encoder, HALF)
 
     def forward(self, view1, view2):
         """Two image batches [B, 3, H, W] in MASt3R's normalisation (2 x - 1 of 0..1), of any two sizes -> two dicts.
@@ -582,10 +576,7 @@ class TwoView(nn.Module):
         the heads runs in bf16. Raises Oops if a side is no multiple of the patch size.
         """
         views = view1, view2
-        for height, width in (view.shape[-2:] for view in views):
-            if height % self.patch or width % self.patch:
-                raise Oops(f"image size {height}x{width} is no multiple of the patch size {self.patch}")
-        grids = [tuple(side // self.patch for side in view.shape[-2:]) for view in views]
+        grids = [dune.token_grid(view, self.patch) for view in views]
         device = view1.device.type
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             layers = [[self.encode(view, grid) for view, grid in zip(views, grids)]]  # of both views
@@ -601,9 +592,8 @@ class TwoView(nn.Module):
 
     def encode(self, images, grid):
         """[B, 3, H, W] in MASt3R's normalisation -> the tokens that the decoder reads, [B, rows*cols, D]."""
-        size = tuple(n * self.encoder.patch_size for n in grid)
         with torch.no_grad():
-            tokens = self.encoder(self.prepare(images, size), norm=self.norm is None)["patch"]
+            tokens = self.encoder(self.prepare(images, grid), norm=self.norm is None)["patch"]
         return tokens if self.norm is None else self.norm(tokens)
 
 class DecoderBlock(nn.Module):
@@ -652,23 +642,22 @@ class DPT(nn.Module):
 
     def __init__(self, dims, patch, maps=(96, 192, 384, 768), features=256, last=128):
         super().__init__()
-        self.patch = patch
         resize = ([nn.ConvTranspose2d(maps[0], maps[0], 4, 4)], [nn.ConvTranspose2d(maps[1], maps[1], 2, 2)], [],
                   [nn.Conv2d(maps[3], maps[3], 3, 2, 1)])
         self.act_postprocess = nn.ModuleList(
             nn.Sequential(nn.Conv2d(dim, channels, 1), *then) for dim, channels, then in zip(dims, maps, resize))
         self.layer_rn = nn.ModuleList(nn.Conv2d(channels, features, 3, padding=1, bias=False) for channels in maps)
         self.refinenet1, self.refinenet2, self.refinenet3, self.refinenet4 = [Fusion(features) for _ in range(4)]
-        self.head = nn.ModuleDict({"0": nn.Conv2d(features, features // 2, 3, padding=1),
-                                   "2": nn.Conv2d(features // 2, last, 3, padding=1), "4": nn.Conv2d(last, 4, 1)})
+        self.head = nn.Sequential(
+            nn.Conv2d(features, features // 2, 3, padding=1),
+            nn.Upsample(scale_factor=patch / 8, mode="bilinear", align_corners=True),
+            nn.Conv2d(features // 2, last, 3, padding=1), nn.ReLU(), nn.Conv2d(last, 4, 1))
 
     def forward(self, layers, grid):
         maps = [post(x.transpose(1, 2).unflatten(2, grid)) for x, post in zip(layers, self.act_postprocess)]
         fine, middle, coarse, coarsest = [rn(x) for x, rn in zip(maps, self.layer_rn)]
         x = self.refinenet3(self.refinenet4(coarsest), coarse)
-        x = self.head["0"](self.refinenet1(self.refinenet2(x, middle), fine))
-        x = F.interpolate(x, tuple(n * self.patch for n in grid), mode="bilinear", align_corners=True)
-        return self.head["4"](F.relu(self.head["2"](x)))
+        return self.head(self.refinenet1(self.refinenet2(x, middle), fine))
 
 class Fusion(nn.Module):
     """Joins a finer map (skip) to the coarser ones and doubles the resolution."""
@@ -696,76 +685,63 @@ TWO_VIEW = {"dune": dune.PUBLISHED.format("dunemast3r_cvpr25_vitbase"),
             "dune_small": dune.PUBLISHED.format("dunemast3r_cvpr25_vitsmall"),
             "mast3r": TEACHERS["mast3r"].url}
 
-def load_two_view(weights=None, device="cpu", encoder=None):
+def load_two_view(weights=None, device="cpu"):
     """TwoView in eval mode, every size read off the tensors.
 
     weights  a published MASt3R or DUNE-MASt3R file, one of two_view_layout, a name of TWO_VIEW; None: "dune"
-    encoder  the DUNE encoder's file, for a DUNE-MASt3R file without it; None: the published one that the file names
+    A DUNE-MASt3R file without its encoder names it: a published one, which is downloaded, or a file.
     Raises Oops for a file that is missing, unreadable or of another architecture (naming the tensor or the option).
     """
     path = str(weights or "dune")
     if path in TWO_VIEW and not os.path.exists(path):
         path = dune.fetch(TWO_VIEW[path])
     file = dune.read_checkpoint(path)
-    state = dune.entry(file, "model", dict, path)
-    check_options(file, path)
-    on_dune = "mast3r.decoder_embed.weight" in state
+    published = dune.entry(file, "model", dict, path)
+    on_dune = "mast3r.decoder_embed.weight" in published
     if on_dune:
-        encoder_weights = dune.plain_keys(dune.below(state, "dune_backbone."))
-        if not encoder_weights:
-            name = encoder or dune.entry(file, "dune_backbone_name", str, path)
-            name = str(name).removesuffix("_encoder").replace("_14_", "14_")
-            encoder_weights = dune.load(name, encoder_only=True).state_dict()
-        vit = dune.vit_from_state(encoder_weights, path)
-        idle = r"dune_backbone\.|imagenet_(mean|std)$|mast3r\.(mask_token$|patch_embed\.|enc_norm\.)"
-    elif "decoder_embed.weight" in state:
-        encoder_weights = encoder_state("mast3r", file, path)
-        vit = dune.vit_from_state(encoder_weights, path, position="rope")
-        idle = r"mask_token$|patch_embed\.|enc_(blocks|norm)\."
+        call = re.sub(r"\s", "", dune.entry(file, "mast3r_model_str", str, path, "")).replace('"', "'")
+        for option in TWO_VIEW_CALL if call else ():
+            if option not in call:
+                raise Oops(f"{path} is another architecture: its mast3r_model_str has no {option}")
+        encoder = dune.plain_keys(dune.below(published, "dune_backbone."))
+        if not encoder:
+            name = dune.entry(file, "dune_backbone_name", str, path).removesuffix("_encoder").replace("_14_", "14_")
+            encoder = dune.load(name, encoder_only=True).state_dict()
+    elif "decoder_embed.weight" in published:
+        encoder = encoder_state("mast3r", file, path)
     else:
         raise Oops(f"{path} holds no two-view model: neither MASt3R's nor DUNE-MASt3R's decoder is in it")
-    rest = {}
-    for key, value in state.items():
-        if not re.match(idle, key) and not re.search(r"scratch\.layer\d_rn\.", key):  # what counts is layer_rn
-            rest[key.removeprefix("mast3r.").replace("dpt.scratch.", "dpt.")] = value
-    if not dune.below(rest, "dec_blocks2."):  # one set of blocks for both views
-        rest.update({f"dec_blocks2.{key}": value for key, value in dune.below(rest, "dec_blocks.").items()})
-    with torch.device("meta"):
-        model = TwoView(vit, norm=on_dune, **two_view_sizes(rest, vit.patch_size, path))
-    rest.update({f"encoder.{key}": value for key, value in encoder_weights.items()})
-    return dune.load_strictly(model, rest, path).eval().to(device)
-
-def two_view_sizes(state, patch, path):
-    """TwoView's sizes, read off its tensors."""
-    rows = {key: value.shape[0] for key, value in state.items() if torch.is_tensor(value) and value.ndim}
-    head = "downstream_head1.{}.weight".format
+    vit = dune.vit_from_state(encoder, path, position="offset" if on_dune else "rope")
+    state = {key.removeprefix("mast3r.").replace("dpt.scratch.", "dpt."): value
+             for key, value in published.items() if not re.match(NOT_DECODER, key)}
+    if not dune.below(state, "dec_blocks2."):  # one set of blocks for both views
+        state.update({f"dec_blocks2.{key}": value for key, value in dune.below(state, "dec_blocks.").items()})
     try:
-        sizes = {"dim": rows["decoder_embed.weight"],
-                 "depth": len({key.split(".")[1] for key in rows if key.startswith("dec_blocks.")}),
-                 "features": rows[head("dpt.layer_rn.0")], "last": rows[head("dpt.head.2")],
-                 "hidden": rows[head("head_local_features.fc1")],
-                 "descriptor": rows[head("head_local_features.fc2")] // patch**2 - 1}
-        maps = [rows[head(f"dpt.act_postprocess.{j}.0")] for j in range(4)]
-        if sizes["dim"] % 64 or min(*sizes.values(), *maps) < 1:
-            raise KeyError
-    except KeyError:
+        with torch.device("meta"):
+            model = TwoView(vit, norm=on_dune, **two_view_sizes(state, vit.patch_size))
+    except Exception:  # whatever foreign tensors do to it
         raise Oops(f"{path} holds no two-view model of a known layout: parts of its heads are missing or odd") from None
-    return {"maps": maps, **sizes}
+    state.update({f"encoder.{key}": value for key, value in encoder.items()})
+    return dune.load_strictly(model, state, path).eval().to(device)
 
-# What the code above computes, as the published constructor calls spell it, without spaces.
-TWO_VIEW_OPTIONS = {"head_type": "'catmlp+dpt'", "output_mode": "'pts3d+desc24'", "depth_mode": "('exp',-inf,inf)",
-                    "conf_mode": "('exp',1,inf)", "desc_conf_mode": "('exp',0,inf)", "two_confs": "True",
-                    "pos_embed": "'RoPE100'"}
+# Keys of published files that are the encoder's or nobody's (of layer1_rn to layer4_rn there are copies in layer_rn).
+NOT_DECODER = (r"dune_backbone\.|imagenet_(mean|std)$|(mast3r\.)?(mask_token$|patch_embed\.|enc_(blocks|norm)\.)|"
+               r".*\.scratch\.layer\d_rn\.")
+# What TwoView computes, as a DUNE-MASt3R file's constructor call spells it, which is compared and never run.
+TWO_VIEW_CALL = ("head_type='catmlp+dpt'", "output_mode='pts3d+desc24'", "depth_mode=('exp',-inf,inf)",
+                 "conf_mode=('exp',1,inf)", "desc_conf_mode=('exp',0,inf)", "two_confs=True", "pos_embed='RoPE100'")
 
-def check_options(file, path):
-    """Oops if a DUNE-MASt3R file's constructor call, which is compared and never run, is not for what TwoView is."""
-    text = dune.entry(file, "mast3r_model_str", str, path, "AsymmetricMASt3R()")
-    call = re.fullmatch(r"\w+\((.*)\)", re.sub(r"\s", "", text).replace('"', "'"))
-    if not call or len(text) > 9999:
-        raise Oops(f"{path}: cannot read its mast3r_model_str, {text[:80]!r}")
-    for key, value in re.findall(r"(\w+)=(\([^()]*\)|[^,]*)", call[1]):
-        if value != TWO_VIEW_OPTIONS.get(key, value):
-            raise Oops(f"{path} is another architecture: {key} is {value:.80}, expected {TWO_VIEW_OPTIONS[key]}")
+def two_view_sizes(state, patch):
+    """TwoView's sizes, read off its tensors."""
+    def rows(key):
+        return len(state[f"{key}.weight"])
+    head = "downstream_head1.dpt"
+    local = "downstream_head1.head_local_features"
+    return {"dim": rows("decoder_embed") // 64 * 64,
+            "depth": len({key.split(".")[1] for key in state if key.startswith("dec_blocks.")}),
+            "maps": [rows(f"{head}.act_postprocess.{j}.0") for j in range(4)],
+            "features": rows(f"{head}.layer_rn.0"), "last": rows(f"{head}.head.2"),
+            "hidden": rows(f"{local}.fc1"), "descriptor": rows(f"{local}.fc2") // patch**2 - 1}
 
 def two_view_layout(model):
     """The file of a TwoView on a DUNE encoder as the published ones are laid out, with the encoder in it."""
@@ -801,8 +777,7 @@ class People(nn.Module):
         self.last = nn.LayerNorm(dim, eps=1e-6)
         self.out = nn.Linear(dim, 3 + 3 * joints)
         self.register_buffer("bones", torch.zeros(joints - 1, 2))  # pairs of joints, for pictures
-        wanted = (HALF, HALF) if encoder.position == "rope" else (IMAGENET_MEAN, IMAGENET_STD)
-        self.prepare = Prepare(IMAGENET_MEAN, IMAGENET_STD, *wanted)
+        self.prepare = Prepare(encoder, IMAGENET)
 
     @torch.no_grad()
     def forward(self, images, K, least=0.3):
@@ -811,7 +786,7 @@ class People(nn.Module):
         the head along z, metres; "joints3d" [J, 3]: metres in the camera's frame (x right, y down, z forward);
         "joints2d" [J, 2]: pixels}. Raises Oops if a side is no multiple of the patch size.
         """
-        grid = self.grid(images)
+        grid = dune.token_grid(images, self.patch)
         tokens, scores = self.read(self.tokens(images), K, grid)
         scores = scores.sigmoid()
         highest = F.max_pool2d(scores.unflatten(1, grid), 3, 1, 1).flatten(1)  # two patches may share a head
@@ -819,22 +794,14 @@ class People(nn.Module):
         people = self.decode(self.query(tokens, image, patch), patch, K[image], grid[1])
         people["score"] = scores[image, patch]
         found = [[] for _ in images]
-        image = image.tolist()
         for q in people["score"].argsort(descending=True).tolist():
             found[image[q]].append({key: value[q] for key, value in people.items()})
         return found
 
-    def grid(self, images):
-        height, width = images.shape[-2:]
-        if height % self.patch or width % self.patch:
-            raise Oops(f"image size {height}x{width} is no multiple of the patch size {self.patch}")
-        return height // self.patch, width // self.patch
-
     @torch.no_grad()
     def tokens(self, images):
         """The frozen encoder's patch tokens, [B, N, D]."""
-        size = tuple(n * self.encoder.patch_size for n in self.grid(images))
-        return self.encoder(self.prepare(images, size))["patch"]
+        return self.encoder(self.prepare(images, dune.token_grid(images, self.patch)))["patch"]
 
     def read(self, tokens, K, grid):
         """tokens() with their places and their rays, [B, N, dim]; whether they hold heads, logits [B, N]"""
@@ -861,19 +828,6 @@ class People(nn.Module):
         beside = beside.unflatten(-1, (-1, 3))
         joints = rays(head[:, None], K) * distance[:, None, None] + beside - beside[:, self.head, None]
         return {"head": head, "distance": distance, "joints3d": joints, "joints2d": project(joints, K)}
-
-def rays(pixels, K):
-    """[..., n, 2] -> [..., n, 3], as long as to have z = 1."""
-    return transform(K.inverse(), F.pad(pixels, (0, 1), value=1.0))
-
-def project(points, K):
-    """[..., n, 3] in the camera's frame -> pixels [..., n, 2]; what is not before the camera is taken as 5 cm ahead."""
-    flat = transform(K, points)
-    return flat[..., :2] / flat[..., 2:].clamp(min=0.05)
-
-def transform(matrix, points):
-    """Matrices [..., 3, 3] times points [..., n, 3]; in fp32 under autocast too: places want more digits than bf16."""
-    return (matrix[..., None, :, :] * points[..., None, :]).sum(-1)
 
 def people_layout(model):
     """The file of a People on a DUNE encoder, with the encoder in it."""
@@ -904,8 +858,8 @@ def main():
         teacher = load_teacher(name, "random", device="meta")
         millions = round(sum(p.numel() for p in teacher.parameters()) / 1e6)
         cls = "distilled" if teacher.has_cls else "unused" if teacher.gives_cls else "none"
-        images = "ImageNet" if row.mean == IMAGENET_MEAN else "0.5"
-        path = f"ask at {row.url}" if row.gated else dune.cached(row.url) if row.url else "--weights"
+        images = "ImageNet" if row.images == IMAGENET else "0.5"
+        path = f"ask at {row.url}" if row.gated else dune.cached(row.url)
         here = "+" if os.path.exists(path) else "-"
         print(line(name, row.domain, millions, teacher.patch_size, cls, images, row.license, here, path))
 

@@ -1,4 +1,4 @@
-"""How fast, and how near to the memory's own speed:  python -m kernels.bench [--quick] [--compiled] [--out figure.png]
+"""How fast, and how near to the memory's own speed:  python -m kernels.bench [--quick] [--compiled]
 
 Prints the measured copy bandwidth, then for every shape and for moments, forward, backward and the three together:
 time, bytes that must move, GB/s, their share of the copy, the GB/s within this card's reach, how many times as long
@@ -9,11 +9,12 @@ data sheets that is within reach, from instructions and bytes under way (`reach`
 """
 
 import argparse
+import itertools
 import pathlib
 import re
 import subprocess
 import tempfile
-import time
+import timeit
 from collections import Counter
 from typing import NamedTuple
 
@@ -47,12 +48,10 @@ def stages(moments, loss, student, teacher):
     mean, std = moments(teacher)
     losses = loss(student, teacher, mean, std)
     upstream = [torch.rand_like(x) for x in losses]
-
-    def together():
-        torch.autograd.grad(loss(student, teacher, *moments(teacher)), student, upstream)
-
-    return {"moments": lambda: moments(teacher), "forward": lambda: loss(student, teacher, mean, std),
-            "backward": lambda: torch.autograd.grad(losses, student, upstream, retain_graph=True), "together": together}
+    return {"moments": lambda: moments(teacher),
+            "forward": lambda: loss(student, teacher, mean, std),
+            "backward": lambda: torch.autograd.grad(losses, student, upstream, retain_graph=True),
+            "together": lambda: torch.autograd.grad(loss(student, teacher, *moments(teacher)), student, upstream)}
 
 
 def traffic(shape, dtype):
@@ -68,12 +67,7 @@ def measure(fn, device):
     """(seconds, bytes held at the peak beyond what was held before, or None on a CPU)."""
     fn()
     if device == "cpu":
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            fn()
-            times.append(time.perf_counter() - start)
-        return min(times), None
+        return min(timeit.repeat(fn, number=1, repeat=5)), None
     from triton.testing import do_bench
     seconds = do_bench(fn, return_mode="median") / 1000   # clears the L2 cache between runs
     torch.cuda.synchronize()
@@ -92,7 +86,7 @@ def copy_bandwidth(device):
 
 
 def bench(shape, dtype, device, copy, reachable):
-    """Measures one shape, prints a line for each stage and returns {stage: share of the copy bandwidth}."""
+    """Measures one shape and prints a line for each stage."""
     student = torch.randn(shape, device=device).to(dtype).requires_grad_()
     teacher = (torch.randn(shape, device=device) * 2 + 1).to(dtype)
     ways = {"ours": (our_moments, distill_loss), "published": (published_moments, published_loss)}
@@ -103,35 +97,17 @@ def bench(shape, dtype, device, copy, reachable):
     for way, functions in ways.items():
         for name, fn in stages(*functions, student, teacher).items():
             measured[way, name] = measure(fn, device)
-    moved = traffic(shape, dtype)
-    shares = {}
-    for name in STAGES:
+    for name, moved in traffic(shape, dtype).items():
         seconds = measured["ours", name][0]
-        shares[name] = moved[name] / seconds / copy
-        cells = [f"{'x'.join(map(str, shape)):>14} {str(dtype)[6:]:>8} {name:>9} {seconds * 1e6:10.1f}"]
-        cells.append(f"{moved[name] / 1e6:8.1f} {moved[name] / seconds / 1e9:8.1f} {shares[name]:6.0%}")
-        cells.append(f"{reachable[name] / 1e9:8.1f}" if name in reachable else "       -")
+        speed = moved / seconds
+        cells = [f"{'x'.join(map(str, shape)):>14} {str(dtype)[6:]:>8} {name:>9} {seconds * 1e6:10.1f}",
+                 f"{moved / 1e6:8.1f} {speed / 1e9:8.1f} {speed / copy:6.0%}",
+                 f"{reachable[name] / 1e9:8.1f}" if name in reachable else "       -"]
         cells += [f"{measured[way, name][0] / seconds:8.2f}x" for way in ways if way != "ours"]
         if device == "cuda":
             kept = student.nbytes if name in ("backward", "together") else 0
             cells += [f"{max(0, measured[way, name][1] - kept) / 2**20:8.1f}" for way in ways]
         print(*cells, flush=True)
-    return shares
-
-
-def draw(bars, title, path):
-    """bars: (what was measured, share of the copy bandwidth) -> a PNG of them; the black line is the copy."""
-    from PIL import Image, ImageDraw
-    image = Image.new("RGB", (900, 40 + 14 * len(bars)), "white")
-    pen = ImageDraw.Draw(image)
-    pen.text((10, 10), title, "black")
-    for i, (text, share) in enumerate(bars):
-        y = 34 + 14 * i
-        pen.rectangle((240, y, 240 + 500 * min(share, 1.2), y + 9), fill="#1f77b4")
-        pen.text((10, y), text, "black")
-        pen.text((850, y), f"{share:.0%}", "black")
-    pen.line((740, 34, 740, image.height), "black")
-    image.save(path)
 
 
 class Sheet(NamedTuple):
@@ -179,10 +155,10 @@ def compile_ahead(D, dtype, target=("cuda", 90, 32), tokens=(128, 576), ones=(),
     for name in names:
         kernel, warps, constants = kernels[name]
         signature = {n: pointers.get(n, "fp32" if n == "eps" else "i32") for n in kernel.arg_names}
-        signature |= {n: "constexpr" for n in constants if n in signature}
-        places = {n: (i,) for i, n in enumerate(signature)}
-        source = ASTSource(kernel, signature, {places[n]: constants[n] for n in constants if n in places},
-                           {places[n]: [["tt.divisibility", 16]] for n in places if signature[n][0] == "*"})
+        constants = {n: value for n, value in constants.items() if n in signature}
+        signature |= dict.fromkeys(constants, "constexpr")
+        pointed = [i for i, type_ in enumerate(signature.values()) if type_[0] == "*"]
+        source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in pointed})
         options = {"num_warps": warps, "enable_fp_fusion": True}
         result[name] = triton.compile(source, target=GPUTarget(*target), options=options)
     return result
@@ -207,14 +183,11 @@ def code(kernel):
     loops = [0]
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
-        labels, count = {}, 0
-        for line in text.splitlines():
-            if line.startswith(".L"):
-                labels[line.split(":")[0]] = count
-            elif re.match(r"\s+(v|ds|global|buffer|flat)_", line):
-                count += 1
-            elif re.match(r"\s+s_c?branch", line):
-                loops.append(count - labels.get(line.split()[-1], count))
+        vector = [m.start() for m in re.finditer(r"(?m)^[ \t]+(v|ds|global|buffer|flat)_", text)]
+        labels = {m[1]: m.start() for m in re.finditer(r"(?m)^(\.L\w+):", text)}
+        for m in re.finditer(r"(?m)^[ \t]+s_c?branch\w* +(\S+)", text):
+            begin = labels.get(m[1], m.start())
+            loops.append(sum(begin < at < m.start() for at in vector))
         used, spilled = (int(re.search(rf"\.vgpr_{what}: +(\d+)", text)[1]) for what in ("count", "spill_count"))
         return used, spilled, max(loops)
     tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -268,14 +241,12 @@ def print_compiled(channels, dtypes):
     print("instructions: in the loop, for each element. busy: the share of cycles that they take at the bandwidth of\n"
           "the data sheet. reach: share of that within reach. At the end: loads and stores of so many bytes a lane.")
     print("  card   kernel    D type instructions registers spilled warps KB under way busy reach")
-    for card in SHEETS:
-        for D in channels:
-            for dtype in dtypes:
-                for row, _ in reach(card, D, dtype).values():
-                    print(row)
+    for card, D, dtype in itertools.product(SHEETS, channels, dtypes):
+        for row, _ in reach(card, D, dtype).values():
+            print(row)
 
 
-def run(args):
+def run(quick):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     copy = copy_bandwidth(device)
     sheet = None
@@ -283,26 +254,21 @@ def run(args):
         where = torch.cuda.get_device_name()
         sheet = next((card for card in SHEETS if card in where and "PCIe" not in where), None)
         torch._functorch.config.donated_buffer = False   # lets a compiled backward run twice on one graph
-        shapes = [(B, *N, D) for D in (768, 1024, 1536) for B in (32, 128) for N in ((), (576,), (1024,))]
+        channels, batches, tokens = (768, 1024, 1536), (32, 128), ((), (576,), (1024,))
     else:
         where = f"a CPU ({torch.get_num_threads()} threads): PyTorch path, small sizes, without torch.compile"
-        shapes = [(B, *N, D) for D in (768, 1024) for B in (2, 8) for N in ((), (576,))]
+        channels, batches, tokens = (768, 1024), (2, 8), ((), (576,))
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    if args.quick:
-        shapes = [shape for shape in shapes if shape[-1] == 1024]
-        del dtypes["fp32"]
+    if quick:
+        channels, dtypes = (1024,), {"bf16": torch.bfloat16}
     print(f"{where}\ncopy bandwidth, read and written: {copy / 1e9:.1f} GB/s")
     print("         shape     type     stage         us       MB     GB/s  share    reach published",
           " compiled  extra MB: ours, published, compiled" if device == "cuda" else "")
-    bars = []
     for short, dtype in dtypes.items():
-        for shape in shapes:
-            found = reach(sheet, shape[-1], short) if sheet else {}
+        for D, batch, N in itertools.product(channels, batches, tokens):
+            found = reach(sheet, D, short) if sheet else {}
             reachable = {name: speed for name, (_, speed) in found.items()}
-            for name, share in bench(shape, dtype, device, copy, reachable).items():
-                bars.append((f"{'x'.join(map(str, shape))} {short} {name}", share))
-    draw(bars, f"share of the copy bandwidth ({copy / 1e9:.0f} GB/s) on {where}", args.out)
-    print(f"wrote {args.out}")
+            bench((batch, *N, D), dtype, device, copy, reachable)
 
 
 class Parser(argparse.ArgumentParser):
@@ -312,16 +278,13 @@ class Parser(argparse.ArgumentParser):
 
 def main():
     parser = Parser(prog=f"python -m {__spec__.name}", description="measures the kernels against the speed of memory")
-    parser.add_argument("--out", type=pathlib.Path, default="kernels_bench.png", help="where to write the figure")
     parser.add_argument("--quick", action="store_true", help="D 1024 in bf16 only")
     parser.add_argument("--compiled", action="store_true", help="print what is compiled and within reach: no GPU")
     args = parser.parse_args()
-    if not args.out.parent.is_dir():
-        parser.error(f"--out {args.out}: there is no folder {args.out.parent}")
     if args.compiled:
         print_compiled([1024] if args.quick else [384, 768, 1024, 1536], ["bf16"] if args.quick else ["bf16", "fp32"])
     else:
-        run(args)
+        run(args.quick)
 
 
 if __name__ == "__main__":

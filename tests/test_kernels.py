@@ -282,20 +282,19 @@ def test_the_folder_alone_works_elsewhere_with_and_without_triton(tmp_path):
 
 
 @plain
-def test_within_a_package_it_works_as_well_and_the_bench_measures_and_draws(tmp_path):
+def test_within_a_package_it_works_as_well_and_the_bench_measures(tmp_path):
     shutil.copytree(ROOT / "kernels", tmp_path / "pkg" / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     done = python(["-c", LIFTED.replace("from kernels", "from pkg.kernels")], tmp_path)
     assert done.returncode == 0, done.stderr
     if torch.cuda.is_available():
         pytest.skip("measures for minutes on a GPU")
-    done = python(["-m", "pkg.kernels.bench", "--quick", "--out", "figure.png"], tmp_path)
+    done = python(["-m", "pkg.kernels.bench", "--quick"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert "PyTorch path" in done.stdout and "together" in done.stdout
-    assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
 @plain
-@pytest.mark.parametrize("options, code", [(["--help"], 0), (["--fast"], 2), (["--out", "no/such/folder/f.png"], 2)])
+@pytest.mark.parametrize("options, code", [(["--help"], 0), (["--fast"], 2)])
 def test_the_bench_says_what_it_takes_and_a_wrong_option_is_one_line(options, code, monkeypatch, capsys):
     from kernels import bench
     monkeypatch.setattr(sys, "argv", ["bench", *options])

@@ -195,7 +195,7 @@ def test_figure_1_shows_a_perfect_student_as_the_truth():
     scenes, said = {}, {}
     for domain in data.SCENES:
         drawn = data.labelled_scenes(domain, 5, 12, 112)
-        truth = zoo.Probe(domain, 1, (8, 8)).targets(drawn)
+        truth = zoo.PROBES[domain](1, (8, 8)).targets(drawn)
         scenes[domain], said[domain] = (None, None, drawn["image"], truth), truth
     kinds = {key: F.one_hot(said["objects"][key], len(data.KINDS) + 1) * 99.0 for key in ("kind", "patch")}
     at, near, place = said["people"]["at"], torch.zeros(12, 64, 15), torch.zeros(12, 64, 15, 2)
