@@ -23,6 +23,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import warnings
 from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 
@@ -110,17 +111,18 @@ PROBE_SEEDS, UNSEEN_SEEDS, ROOM_SEEDS = 5 * 10**8, data.TEST_SCENES + 10**8, 2 *
 
 def command_study(args):
     look = subject(args)
-    readers = [teacher_reader(t, teacher, look.patch) for t, teacher in look.teachers.items()]
+    readers = look.readers
     if look.model:
+        encoder, *bare = readers
         blank = random_encoder(look, args.seed)
-        readers.insert(0, Reader("random encoder", blank, look.patch, [blank]))
-        readers += student_readers(look.model, ["encoder", *look.model.projectors])
+        through = [student_reader(look.model, t) for t in look.model.projectors]
+        readers = [Reader("random encoder", blank, look.patch, [blank]), *bare, encoder, *through]
     values, pictures = {reader.name: [] for reader in readers}, []
     for seed in range(args.seed, args.seed + args.seeds):
         scenes = study_scenes(seed, look, **STUDY)
         for reader in tqdm(readers, f"study, seed {seed}", leave=False):
-            said = {}
-            values[reader.name].append(study_row(reader, scenes, look.grid, seed, said=said))
+            row, said = study_row(reader, scenes, look.grid, seed, PROBE_STEPS)
+            values[reader.name].append(row)
             if reader.name == "encoder" and seed == args.seed:
                 pictures.append(study_picture(output(args, ".png"), scenes, said, look.grid))
     mean, spread = mean_and_spread(values)
@@ -128,7 +130,12 @@ def command_study(args):
     print(f"linear probes on frozen features, mean ± spread of {args.seeds} seeds, in %; "
           "depth RMSE in m, normals in degrees, joints 3D in cm")
     table({name: {"M params": parameters[name] / 1e6, **row} for name, row in mean.items()}, spread=spread)
-    ratios = beside_own_teachers(mean, look) if look.model else {}
+    ratios = {"encoder": {}, "through its projector": {}, "best other teacher": {}} if look.model else {}
+    for column, own, beside in beside_own_teachers(mean, look.teachers):
+        if f"through {own}" in beside:
+            ratios["encoder"][column] = beside["encoder"]
+            ratios["through its projector"][column] = beside[f"through {own}"]
+            ratios["best other teacher"][column] = max((beside[t] for t in look.teachers if t != own), default=math.nan)
     if any(ratios.values()):
         print("\nbeside the teacher whose job it is (1: equal, more is better)")
         table(ratios)
@@ -136,26 +143,17 @@ def command_study(args):
     path = write_json(args, {**content, "mean": mean, "spread": spread, "ratios": ratios})
     print("wrote", ", ".join([path, *pictures]))
 
-def owner(column, teachers):
-    """The teacher whose job a column is, or None."""
-    return next((t for t in teachers if zoo.TEACHERS[t].domain == COLUMNS[column][0]), None)
-
-def ratio(column, value, reference):
-    """How good a value is beside the reference: 1 is equal, more is better."""
-    more, less = (value, reference) if COLUMNS[column][1] else (reference, value)
-    return more / max(less, 1e-9)
-
-def beside_own_teachers(mean, look):
-    """{row: {column: ratio}}: the student, and the best of the other teachers, beside each column's own teacher."""
-    ratios = {"encoder": {}, "through its projector": {}, "best other teacher": {}}
-    for column in COLUMNS:
-        own = owner(column, look.teachers)
-        if own in look.model.projectors:
-            beside = {name: ratio(column, row[column], mean[own][column]) for name, row in mean.items()}
-            ratios["encoder"][column] = beside["encoder"]
-            ratios["through its projector"][column] = beside[f"through {own}"]
-            ratios["best other teacher"][column] = max((beside[t] for t in look.teachers if t != own), default=math.nan)
-    return ratios
+def beside_own_teachers(mean, teachers):
+    """(column, the teacher whose job it is, {row of mean: how good it is beside that teacher}) of each column that is
+    some teacher's job; 1 is equal, more is better."""
+    for column, (domain, more) in COLUMNS.items():
+        own = next((t for t in teachers if zoo.TEACHERS[t].domain == domain), None)
+        if own:
+            beside = {}
+            for name, row in mean.items():
+                above, below = (row, mean[own]) if more else (mean[own], row)
+                beside[name] = above[column] / max(below[column], 1e-9)
+            yield column, own, beside
 
 def study_scenes(seed, look, train, test, pairs):
     """What study_row needs: {domain: (train images, their targets in chunks, test images, their targets)}; "own": which
@@ -182,13 +180,13 @@ def chunks(values):
     """{name: [n, ...]} in parts of CHUNK."""
     return [dict(zip(values, part)) for part in zip(*(x.split(CHUNK) for x in values.values()))]
 
-def study_row(reader, scenes, grid, seed, steps=None, said=None):
-    """{column: value}: probes of one frozen encoder on all domains, each trained for `steps`. said: a dictionary that
-    takes what each domain's probe says of the test images."""
-    row, steps = {}, steps or PROBE_STEPS
+def study_row(reader, scenes, grid, seed, steps):
+    """({column: value}, {domain: what its probe says of the test images}): probes of one frozen encoder on all domains,
+    each trained for `steps`."""
+    row, said = {}, {}
     for domain in data.SCENES:
         train, targets, test, truth = scenes[domain]
-        x, y = (joined([reader(part) for part in images.split(100)]) for images in (train, test))
+        x, y = reader(train), reader(test)
         if x["cls"] is None:
             x["cls"], y["cls"] = x["patch"].mean(1), y["patch"].mean(1)
         if domain == "objects":
@@ -196,13 +194,17 @@ def study_row(reader, scenes, grid, seed, steps=None, said=None):
             row["k-NN"] = top(knn(x["cls"], labels, y["cls"], len(data.KINDS)), truth["kind"])["top-1"]
         scale = {kind: moments(x[kind]) for kind in x}
         x, y = ({kind: (z[kind] - mean) / std for kind, (mean, std) in scale.items()} for z in (x, y))
+        parts = list(zip(chunks(x), targets))
         torch.manual_seed(seed)
-        probe = trained_probe(zoo.Probe(domain, x["patch"].shape[-1], grid), x, targets, steps)
+        probe = zoo.Probe(domain, x["patch"].shape[-1], grid).to(x["patch"].device)
+
+        def loss(step):
+            part, labels = parts[step % len(parts)]
+            return probe.loss(probe(part, labels), labels)
+        zoo.fit(list(probe.parameters()), loss, steps, 1e-1)
         with torch.no_grad():
-            out = probe(y, truth)
-        row.update(probe.metrics(out, truth))
-        if said is not None:
-            said[domain] = out
+            said[domain] = probe(y, truth)
+        row.update(probe.metrics(said[domain], truth))
         if domain == "rooms":
             views = x["patch"].unflatten(0, (-1, 2))
             describes = with_descriptor(reader, views, *scenes["own"], *scale["patch"], steps)
@@ -210,18 +212,7 @@ def study_row(reader, scenes, grid, seed, steps=None, said=None):
     # Of all patches that both views see: of the matches alone, an encoder that finds few would look good. 10 % of the
     # side is less than a patch.
     row["matching"] = correct(found, shares=(0.1,))["found"]
-    return {column: row[column] for column in COLUMNS}
-
-def trained_probe(probe, features, targets, steps):
-    """A zoo.Probe that has learned the targets, in chunks, from features {"cls": [n, D], "patch": [n, N, D]}."""
-    pairs = list(zip(chunks(features), targets))
-    probe.to(features["patch"].device)
-
-    def loss(step):
-        part, truth = pairs[step % len(pairs)]
-        return probe.loss(probe(part, truth), truth)
-    zoo.fit(list(probe.parameters()), loss, steps, 1e-1)
-    return probe
+    return {column: row[column] for column in COLUMNS}, said
 
 def with_descriptor(reader, views, own, seen, mean, std, steps):
     """The reader with a linear layer behind it that has learned which patches of two views are of one place.
@@ -291,16 +282,14 @@ def train_tiny(folder, config, seed, steps, device):
 def ablation_judge(look):
     """judge(model) -> {measure: value}, details; the scenes are drawn and the teachers probed once for all models."""
     scenes = study_scenes(0, look, train=540, test=240, pairs=20)
-
-    def probes(reader):
-        return study_row(reader, scenes, look.grid, 0, steps=200)
-    own = {t: probes(teacher_reader(t, teacher, look.patch)) for t, teacher in look.teachers.items()}
-    held = held_out([], data.parse_data([], look.rows), look.rows, look.size)["image"]
+    own = {t: study_row(teacher_reader(t, teacher, look.patch), scenes, look.grid, 0, 200)[0]
+           for t, teacher in look.teachers.items()}
+    held = some_images(argparse.Namespace(data=[]), look)["image"]
 
     def judge(model):
         losses = {t: parts["loss"] for t, parts in held_out_losses(model, look.teachers, held, look.grid).items()}
-        found = probes(student_readers(model, ["encoder"])[0])
-        ratios = [ratio(column, value, own[owner(column, own)][column]) for column, value in found.items()]
+        found, _ = study_row(student_reader(model, "encoder"), scenes, look.grid, 0, 200)
+        ratios = [beside["encoder"] for *_, beside in beside_own_teachers({**own, "encoder": found}, own)]
         row = {"loss": np.mean(list(losses.values())).item(), "imbalance": max(losses.values()) - min(losses.values()),
                "study": np.mean(ratios).item()}
         return row, {"losses": losses, "probes": found}
@@ -310,33 +299,34 @@ def ablation_judge(look):
 
 def extract(reader, samples, size, dense, batch=32):
     """Frozen features of images, fp16: [n, 1 + N, D], the class token (zeros if there is none) before the patch tokens;
-    dense=False: [n, 2, D], the class token and the mean patch. A memory map of a file in the cache folder.
+    dense=False: [n, 2, D], the class token and the mean patch. They stay in a file in the cache folder.
 
     samples: (path, box (x0, y0, x1, y1) in pixels or None for the centre square), resized to size x size. The file's
     name is a hash of the weights, of each image's path, size and time of change, of the boxes and of the image size.
     """
-    stamps = {path: [os.path.realpath(path), *data.stamp(path)] for path, _ in samples}
-    what = [reader.name, reader.key, size, dense, [[*stamps[path], box] for path, box in samples]]
-    path = f"{data.cache_folder()}/features/{hashlib.sha1(json.dumps(what).encode()).hexdigest()}.npy"
-    if os.path.exists(path):
-        return np.load(path, mmap_mode="r")
+    stamps = [[os.path.realpath(path), *data.stamp(path), box] for path, box in samples]
+    what = json.dumps([reader.name, reader.key, size, dense, stamps])
+    path = f"{data.cache_folder()}/features/{hashlib.sha1(what.encode()).hexdigest()}.npy"
 
     def load(sample):
         image = data.load_image(sample[0])
         return data.crop_resize(image, sample[1] or data.centre(*image.size), size, size)
-    parts = [samples[i:i + batch] for i in range(0, len(samples), batch)]
-    with dune.writing(path) as file, tqdm(total=len(samples), desc=f"features of {reader.name}", leave=False) as bar:
-        for images in read_ahead(load, parts):
-            x = reader(torch.stack(images))
-            rest = x["patch"] if dense else x["patch"].mean(1, keepdim=True)
-            cls = torch.zeros_like(rest[:, :1]) if x["cls"] is None else x["cls"][:, None]
-            x = torch.cat([cls, rest], 1).clamp(-65504, 65504).half().cpu().numpy()
-            if bar.n == 0:
-                head = {"descr": "<f2", "fortran_order": False, "shape": (len(samples), *x.shape[1:])}
-                np.lib.format.write_array_header_1_0(file, head)
-            file.write(x.tobytes())
-            bar.update(len(x))
-    return np.load(path, mmap_mode="r")
+    if not os.path.exists(path):
+        parts = [samples[i:i + batch] for i in range(0, len(samples), batch)]
+        bar = tqdm(read_ahead(load, parts), f"features of {reader.name}", len(parts), leave=False)
+        with dune.writing(path) as file:
+            for images in bar:
+                x = reader(torch.stack(images))
+                rest = x["patch"] if dense else x["patch"].mean(1, keepdim=True)
+                cls = torch.zeros_like(rest[:, :1]) if x["cls"] is None else x["cls"][:, None]
+                x = torch.cat([cls, rest], 1).clamp(-65504, 65504).half().cpu().numpy()
+                if file.tell() == 0:
+                    head = {"descr": "<f2", "fortran_order": False, "shape": (len(samples), *x.shape[1:])}
+                    np.lib.format.write_array_header_1_0(file, head)
+                file.write(x.tobytes())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, that nobody may write there
+        return torch.from_numpy(np.load(path, mmap_mode="r"))
 
 def read_ahead(read, batches):
     """[read(item) of a batch] for each batch, by threads, the next batch while this one is in use."""
@@ -350,7 +340,6 @@ def read_ahead(read, batches):
 def moments(x):
     """Mean and std per channel of features [..., D] (of a sample of them, if there are very many)."""
     x = x[::max(1, len(x) // 2000)]
-    x = x if torch.is_tensor(x) else torch.from_numpy(np.array(x))
     std, mean = torch.std_mean(x.float().flatten(0, -2), 0, correction=0)
     return mean, std + 1e-6
 
@@ -376,7 +365,7 @@ def command_classify(args):
             raise Oops(f"{reader.name} has no class token: take --token patch")
         columns = {"cls": slice(0, 1), "patch": slice(1, 2), "both": slice(0, 2)}[token]
         x, y = (extract(reader, [(path, None) for path in paths], look.size, dense=False) for paths in (train, test))
-        x, y = (torch.from_numpy(np.array(z[:, columns])).float().flatten(1).to(look.device) for z in (x, y))
+        x, y = (z[:, columns].float().flatten(1).to(look.device) for z in (x, y))
         if args.command == "knn":
             rows[reader.name] = top(knn(x, labels, y, len(names), args.k, args.temperature), truth)
         else:
@@ -421,74 +410,71 @@ def linear_probe(x, labels, y, classes, steps, seed, rates=(1e-4, 3e-4, 1e-3, 3e
 
 def class_folders(path, names=None):
     """(paths, labels [n], class names) of a folder with one folder of images for each class; names: those allowed."""
-    found = [f for f in listing(path) if os.path.isdir(os.path.join(path, f))]
-    for name in set(found) - set(names or found):
-        raise Oops(f"{path}: the class {name} is not among those of --train")
-    if len(found) < (1 if names else 2):
+    classes = {name: listing(os.path.join(path, name), data.SUFFIXES)
+               for name in listing(path) if os.path.isdir(os.path.join(path, name))}
+    if len(classes) < (1 if names else 2):
         raise Oops(f"{path} must hold a folder for each of at least two classes")
-    paths, labels, names = [], [], names or found
-    for name in found:
-        images = [os.path.join(path, name, f) for f in listing(os.path.join(path, name), data.SUFFIXES)]
+    names = names or list(classes)
+    paths, labels = [], []
+    for name, images in classes.items():
+        if name not in names:
+            raise Oops(f"{path}: the class {name} is not among those of --train")
         if not images:
             raise Oops(f"the class {path}/{name} is empty: add images ({' '.join(data.SUFFIXES)}) or remove the folder")
-        paths += images
+        paths += [os.path.join(path, name, image) for image in images]
         labels += [names.index(name)] * len(images)
     return paths, torch.tensor(labels), names
 
 # ---- Dense: segmentation, depth --------------------------------------------------------------------------------------
 
-class DenseHead(nn.Module):
-    """One linear layer on standardised patch tokens [b, N, D] -> maps [b, C, h, w]: class logits, or with bins (their
-    centres) depth in metres, the mean of the bins under the layer's weights, as DINOv2's linear depth head."""
-
-    def __init__(self, features, outputs, bins=None):
-        super().__init__()
-        mean, std = moments(features[:, 1:])
-        self.linear = nn.Linear(len(mean), outputs)
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std)
-        self.register_buffer("bins", bins)
-
-    def forward(self, tokens, size):
-        side = math.isqrt(tokens.shape[1])
-        maps = self.linear((tokens - self.mean) / self.std).mT.unflatten(2, (side, side))
-        if self.bins is not None:
-            weight = maps.relu() + 0.1
-            maps = (weight * self.bins[:, None, None]).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
-        return F.interpolate(maps, size, mode="bilinear")
-
-def labelled_images(args, folders, read):
+def labelled_images(args, folders, clean):
     """For --train and for --test: [(path, target [H, W], boxes (x0, y0, x1, y1) that the image is seen through)].
 
-    folders: what that of the targets may be called; read(image path, target path) -> [H, W].
+    folders: what that of the targets may be called; clean(target fp64 [H, W], its path) -> what is learned. A target of
+    another size than its image, but of the same shape, is resized (nearest) with one warning for all.
     """
+    resized = []
+
     def item(pair):
-        target = read(*pair)
-        return pair[0], target, windows(*target.shape[::-1], args.sliding, pair[0])
+        image, path = pair
+        width, height = data.load_image(image).size
+        target = torch.from_numpy(read_array(path).astype(np.float64))
+        h, w = target.shape
+        sizes = f"{path} is {w}x{h}, its image {width}x{height}"
+        if abs(math.log(w * height / (h * width))) > 0.03:
+            raise Oops(f"{sizes}: of another shape, so not of this image")
+        if (h, w) != (height, width) and not resized:
+            resized.append(path)
+            print(f"warning: {sizes}: such targets are resized", file=sys.stderr)
+        target = clean(nearest_size(target, (height, width)), path)
+        return image, target, windows(width, height, args.sliding, image)
     return list(read_ahead(item, [find_pairs(folder, folders) for folder in (args.train, args.test)]))
 
 def dense(args, look, train, test, outputs, bins, loss_of):
-    """The common part of seg and depth: trains a head on each reader's features of `train` and yields (reader's name,
-    path, target [H, W], maps [C, H, W]) of each image of `test`.
+    """The common part of seg and depth: trains a linear layer on each reader's standardised patch tokens of `train` and
+    yields (reader's name, path, target [H, W], maps [C, H, W]) of each image of `test`.
 
-    outputs, bins: see DenseHead; loss_of(maps [b, C, h, w], targets [b, h, w]).
+    outputs, bins: so many classes and None, or see binned(); loss_of(maps [b, C, h, w], targets [b, h, w]).
     """
+    side = 4 * look.grid[0]
+    targets = torch.stack([nearest_size(target[y0:y1, x0:x1], (side, side))
+                           for _, target, boxes in train for x0, y0, x1, y1 in boxes])
     for reader in look.readers:
-        side = 4 * look.size // reader.patch_size
-        small = torch.stack([nearest_size(target[y0:y1, x0:x1], (side, side))
-                             for _, target, boxes in train for x0, y0, x1, y1 in boxes])
         x, y = (extract(reader, [(path, box) for path, _, boxes in part for box in boxes], look.size, dense=True)
                 for part in (train, test))
         torch.manual_seed(args.seed)
-        head = DenseHead(x, outputs, bins).to(look.device)
+        mean, std = (value.to(look.device) for value in moments(x[:, 1:]))
+        layer = nn.Linear(len(mean), outputs).to(look.device)
 
         def maps_of(features, size):
-            return head(torch.from_numpy(np.array(features[:, 1:])).float().to(look.device), size)
+            tokens = features[:, 1:].float().to(look.device)
+            maps = layer((tokens - mean) / std).mT.unflatten(2, look.grid)
+            return F.interpolate(maps if bins is None else binned(maps, bins), size, mode="bilinear")
 
         def loss(step):
-            rows = torch.randperm(len(small))[:16].sort().values
-            return loss_of(maps_of(x[rows.numpy()], (side, side)), small[rows].to(look.device))
-        zoo.fit(list(head.parameters()), loss, args.steps, 3e-3, what=f"{args.command} head on {reader.name}")
+            rows = torch.randperm(len(targets))[:16].sort().values
+            return loss_of(maps_of(x[rows], (side, side)), targets[rows].to(look.device))
+        zoo.fit(list(layer.parameters()), loss, args.steps, 3e-3, what=f"{args.command} head on {reader.name}")
         rows = iter(y)
         for path, target, boxes in tqdm(test, f"{args.command}, {reader.name}", unit=" images", leave=False):
             total, seen = 0, torch.zeros(target.shape)
@@ -499,6 +485,12 @@ def dense(args, look, train, test, outputs, bins, loss_of):
                 total = total + F.pad(maps, (x0, target.shape[1] - x1, y0, target.shape[0] - y1))
                 seen[y0:y1, x0:x1] += 1
             yield reader.name, path, target, total / seen
+
+def binned(maps, bins):
+    """Depth [b, 1, h, w] as DINOv2's linear head says it: the mean of bins [C], metres, under weights maps [b, C, h, w]."""
+    weight = maps.relu() + 0.1
+    bins = bins.to(maps.device)[:, None, None]
+    return (weight * bins).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
 
 def windows(width, height, sliding, path=""):
     """Boxes that an image is seen through: the whole of it (squeezed to a square), or squares of its short side along
@@ -529,28 +521,11 @@ def find_pairs(folder, names):
         raise Oops(f"{at} holds {len(images)} images, {places[0]} {len(targets)} targets; {what}")
     return [(images[stem], targets[stem]) for stem in sorted(images)]
 
-def read_target(image_path, path, warned):
-    """read_array(path) as a tensor [H, W], fp64, of the image's size. Another size of the same shape is resized
-    (nearest) with one warning for all, which the set `warned` remembers."""
-    width, height = data.load_image(image_path).size
-    target = torch.from_numpy(read_array(path).astype(np.float64))
-    h, w = target.shape
-    sizes = f"{path} is {w}x{h}, its image {width}x{height}"
-    if abs(math.log(w * height / (h * width))) > 0.03:
-        raise Oops(f"{sizes}: of another shape, so not of this image")
-    if (h, w) != (height, width) and not warned:
-        warned.add(path)
-        print(f"warning: {sizes}: such targets are resized", file=sys.stderr)
-    return nearest_size(target, (height, width))
-
 def nearest_size(target, size):
     return F.interpolate(target[None, None], size, mode="nearest-exact")[0, 0]
 
 def command_seg(args):
-    warned = set()
-
-    def read(image, path):
-        y = read_target(image, path, warned)
+    def clean(y, path):
         y = torch.where(torch.isin(y, torch.tensor(args.ignore, dtype=y.dtype)), -1, y)
         if not ((y == y.round()) & (y >= -1) & (y < MOST_CLASSES)).all():
             raise Oops(f"{path} holds values that are no labels: whole numbers from 0 to {MOST_CLASSES - 1}")
@@ -558,7 +533,7 @@ def command_seg(args):
 
     def loss(maps, y):
         return F.cross_entropy(maps, y.long(), ignore_index=-1, reduction="sum") / (y >= 0).sum().clamp(min=1)
-    train, test = labelled_images(args, ("masks", "annotations", "labels"), read)
+    train, test = labelled_images(args, ("masks", "annotations", "labels"), clean)
     classes = count_classes(args, train, test)
     look = subject(args, every_teacher=False)
     counts, pictures = {}, {}
@@ -594,16 +569,15 @@ def class_iou(confusion):
 
 def command_depth(args):
     low, high = 1e-3, args.max_depth
-    warned = set()
 
-    def read(image, path):
-        y = read_target(image, path, warned) / (1 if path.endswith(".npy") else args.depth_scale)
+    def clean(y, path):
+        y = y / (1 if path.endswith(".npy") else args.depth_scale)
         y = torch.where(y.isfinite() & (y > low) & (y <= high), y, 0).float()
         if not y.any():
             raise Oops(f"{path} holds no depth between 0 and {high:g} m: is --depth-scale {args.depth_scale:g} "
                        "(units per metre) right, or --max-depth?")
         return y
-    train, test = labelled_images(args, ("depth", "depths"), read)
+    train, test = labelled_images(args, ("depth", "depths"), clean)
     look = subject(args, every_teacher=False)
     errors, pictures = {}, {}
     for name, path, truth, maps in dense(args, look, train, test, 256, torch.linspace(low, high, 256), silog):
@@ -690,39 +664,40 @@ def room_views(start, count, size):
     return list(zip(views["image"], torch.where(seen[..., None], place, math.nan)))
 
 def command_match(args):
-    pairs = read_pairs(args)
+    lines = read_pairs(args)
     look = subject(args, every_teacher=False)
-    if not pairs:
+    pairs = itertools.starmap(load_pair, lines)
+    if not lines:
         print("no --pair: matching the two views of procedural rooms")
-        for images, flow in room_views(data.TEST_SCENES, STUDY["pairs"], look.size):
-            pairs.append(([Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images], flow))
-    rows, picture = {}, None
-    for reader, upsample in itertools.product(look.readers, (1, args.upsample)):
-        name = reader.name if upsample == 1 else f"{reader.name}, {upsample}x finer"
-        found = []
-        for pair in tqdm(pairs, f"match, {name}", leave=False):
-            images, flow = load_pair(*pair) if isinstance(pair[0], str) else pair
-            small = [data.fit_image(image, look.size, reader.patch_size) for image in images]
-            found.append(match(reader, small, flow, images[1].size, upsample))
+        pairs = [([Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images], flow)
+                 for images, flow in room_views(data.TEST_SCENES, STUDY["pairs"], look.size)]
+    found, picture = {}, None
+    for images, flow in tqdm(pairs, "match", len(lines) or None, leave=False):
+        small = [data.fit_image(image, look.size, look.patch) for image in images]
+        for reader, upsample in itertools.product(look.readers, sorted({1, args.upsample})):
+            name = reader.name if upsample == 1 else f"{reader.name}, {upsample}x finer"
+            found.setdefault(name, []).append(match(reader, small, flow, images[1].size, upsample))
             if picture is None and upsample == args.upsample:
-                picture = match_picture(images, found[0], output(args, ".png"))
-        rows[name] = {"matches": str(sum(len(matches.a) for matches in found)), **correct(found)}
+                picture = match_picture(images, found[name][0], output(args, ".png"))
+    rows = {name: {"matches": str(sum(len(matches.a) for matches in each)), **correct(each)}
+            for name, each in found.items()}
     report(args, look, rows, picture)
 
 def read_pairs(args):
     """[[path a, path b, perhaps that of a flow map]] of --pair, or of --pairs, a file with such lines."""
     if args.pair and args.pairs:
         raise Oops("eval.py match takes --pair A B [FLOW.npy], or --pairs LIST with such lines, not both")
-    home, lines = os.path.dirname(args.pairs or ""), [args.pair] if args.pair else []
+    lines = [args.pair] if args.pair else []
     if args.pairs:
         with open(dune.regular(args.pairs), encoding="utf-8", errors="replace") as file:
-            text = file.read()
-        lines = [line.split() for line in text.splitlines() if line.strip() and line[0] != "#"]
-        if not lines or "\0" in text:
+            lines = [line.split() for line in file if line.strip() and line[0] != "#"]
+        if not lines:
             raise Oops(f"{args.pairs} holds no pairs: --pairs wants a text file, each line: A B [FLOW.npy]")
     for line in lines:
         if not 2 <= len(line) <= 3:
-            raise Oops(f"a pair needs two images, and perhaps a flow map; this has {len(line)}: {' '.join(line)[:100]}")
+            raise Oops(f"{args.pairs or '--pair'}: a pair needs two images, and perhaps a flow map; this has {len(line)}: "
+                       f"{' '.join(line)[:100]}")
+    home = os.path.dirname(args.pairs or "")
     return [[dune.regular(os.path.join(home, path)) for path in line] for line in lines]
 
 def load_pair(a, b, flow=None):
@@ -741,21 +716,21 @@ def load_pair(a, b, flow=None):
 def command_spectrum(args):
     look = subject(args)
     images = some_images(args, look)["image"]
-    projectors = look.model.projectors if look.model else {}
-    groups = {t: [teacher_reader(t, teacher, look.patch)] for t, teacher in look.teachers.items()}
-    for t in groups.keys() & projectors.keys():
-        groups[t] += student_readers(look.model, [t])
+    groups = {}
+    for t, teacher in look.teachers.items():
+        groups[t] = [teacher_reader(t, teacher, look.patch)]
+        if look.model and t in look.model.projectors:
+            groups[t].append(student_reader(look.model, t))
     if look.model:
-        groups["the student's encoder"] = student_readers(look.model, ["encoder"])
+        groups["the student's encoder"] = [student_reader(look.model, "encoder")]
     panels, curves, rows = {}, {}, {}
     for title, readers in tqdm(groups.items(), "spectrum", leave=False):
         for reader in readers:
-            x = explained(joined([reader(part) for part in images.split(16)])["patch"])
+            x = explained(reader(images)["patch"])
             needed = {f"{percent} % of variance": str(1 + int((x < percent / 100).sum())) for percent in (50, 90, 99)}
             rows[reader.name] = {**needed, "dimensions": str(len(x))}
             curves[reader.name] = x.tolist()
-        lines = {reader.name: (itertools.count(1), curves[reader.name]) for reader in readers}
-        panels[f"variance explained: {title}"] = lines
+            panels.setdefault(f"variance explained: {title}", {})[reader.name] = itertools.count(1), curves[reader.name]
     report(args, look, rows, draw_curves(output(args, ".png"), panels, width=380), curves=curves)
 
 def explained(features):
@@ -1334,7 +1309,7 @@ class Reader:
         """uint8 images [B, 3, H, W] -> features, fp32, on the device of the weights: what follows is computed there."""
         device = next((p.device for module in self.modules for p in module.parameters()), torch.device("cpu"))
         with torch.autocast(device.type, torch.bfloat16, enabled=dune.fast_bf16(device)):
-            return joined([self.function(data.normalise(images.to(device)))])
+            return joined([self.function(data.normalise(part.to(device))) for part in images.split(32)])
 
     @property
     def key(self):
@@ -1344,19 +1319,18 @@ class Reader:
             sha.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
         return sha.hexdigest()
 
-def student_readers(model, names):
-    """Readers of the student's encoder (name "encoder") or through projectors (teachers' names)."""
-    def reader(t):
-        if t == "encoder":
-            return Reader(t, model.encoder, model.encoder.patch_size, [model.encoder])
-        if t not in model.projectors:
-            raise Oops(f"the student has no projector for {t}: it has {', '.join(model.projectors)}")
-        projector = model.projectors[t]
+def student_reader(model, name):
+    """The student's encoder (name "encoder"), or the student through a projector (a teacher's name)."""
+    t = dune.ALIASES.get(name, name)
+    if t == "encoder":
+        return Reader(t, model.encoder, model.encoder.patch_size, [model.encoder])
+    if t not in model.projectors:
+        raise Oops(f"the student has no projector for {t}: it has {', '.join(model.projectors)}")
+    projector = model.projectors[t]
 
-        def read(images):
-            return model.project(t, model.encoder.tokens(images, every_block=projector.reads_every_block))
-        return Reader(f"through {t}", read, model.encoder.patch_size, [model.encoder, projector])
-    return [reader(dune.ALIASES.get(name, name)) for name in names]
+    def read(images):
+        return model.project(t, model.encoder.tokens(images, every_block=projector.reads_every_block))
+    return Reader(f"through {t}", read, model.encoder.patch_size, [model.encoder, projector])
 
 def teacher_reader(name, teacher, patch):
     """A teacher on the token grid of this patch size, whatever its own is."""
@@ -1365,7 +1339,7 @@ def teacher_reader(name, teacher, patch):
     return Reader(name, read, patch, [teacher])
 
 def subject(args, every_teacher=True):
-    """What a command looks at: .model (a student or None), .teachers {name: FrozenTeacher}, their .rows of TEACHERS,
+    """What a command looks at: .model (a student or None), .teachers {name: FrozenTeacher},
     .readers of both, .size and .patch (pixels), .grid (tokens), .device. Without --teacher: all of the student's;
     every_teacher=False: none."""
     model, weights, size = None, {}, 336
@@ -1398,16 +1372,16 @@ def subject(args, every_teacher=True):
     if size < patch or size % patch:
         fits = max(1, round(size / patch)) * patch
         raise Oops(f"--image-size {size} is no multiple of the patch size {patch}: take {fits}")
-    readers = student_readers(model, through or ["encoder"]) if model else []
+    readers = [student_reader(model, name) for name in through or ["encoder"]] if model else []
     readers += [teacher_reader(t, teacher, patch) for t, teacher in teachers.items()]
-    rows = {t: zoo.TEACHERS[t] for t in teachers}
-    return argparse.Namespace(model=model, teachers=teachers, rows=rows, readers=readers, size=size, patch=patch,
+    return argparse.Namespace(model=model, teachers=teachers, readers=readers, size=size, patch=patch,
                               grid=(size // patch,) * 2, device=args.device)
 
 def some_images(args, look):
     """As held_out(): --image, else some held-out images of --data or of the procedural scenes."""
     if not getattr(args, "image", ()):
-        return held_out([], data.parse_data(args.data, look.rows), look.rows, look.size)
+        rows = {t: zoo.TEACHERS[t] for t in look.teachers}
+        return held_out([], data.parse_data(args.data, rows), rows, look.size)
     pictures = [data.load_image(path) for path in args.image]
     images = [data.fit_image(picture, look.size, look.patch) for picture in pictures]
     if len({image.shape for image in images}) > 1:

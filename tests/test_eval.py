@@ -100,11 +100,9 @@ def test_depth_errors_by_hand_leave_out_what_was_not_measured():
     assert errors["delta1"] == pytest.approx(200 / 3)
 
 def test_depth_bins_give_their_weighted_mean():
-    features = np.random.default_rng(0).normal(size=(4, 5, 3)).astype(np.float16)
-    head = ev.DenseHead(features, 3, torch.tensor([1.0, 2.0, 6.0]))
-    nn.init.zeros_(head.linear.weight)
-    head.linear.bias.data = torch.tensor([-5.0, 0.9, 0.4])  # relu + 0.1: 0.1, 1.0, 0.5
-    assert torch.allclose(head(torch.zeros(1, 4, 3), (4, 4)), torch.full((1, 1, 4, 4), (0.1 + 2 + 3) / 1.6))
+    maps = torch.tensor([-5.0, 0.9, 0.4]).view(1, 3, 1, 1).expand(-1, -1, 4, 4)  # relu + 0.1: 0.1, 1.0, 0.5
+    depth = ev.binned(maps, torch.tensor([1.0, 2.0, 6.0]))
+    assert torch.allclose(depth, torch.full((1, 1, 4, 4), (0.1 + 2 + 3) / 1.6))
 
 def test_windows_cover_the_image_and_are_the_whole_of_a_square_one():
     assert ev.windows(64, 64, True) == ev.windows(64, 64, False) == [(0, 0, 64, 64)]
@@ -258,14 +256,14 @@ def test_study_tells_every_encoder_apart_by_the_same_columns(tmp_path, monkeypat
 def test_readers_speak_as_the_student_does(tmp_path):
     model = make_run(tmp_path)
     x = torch.randint(0, 256, (2, 3, 112, 112), dtype=torch.uint8)
-    readers = ev.student_readers(model, [*model.projectors, "mast3r_vitlarge_16"])  # also by the published name
+    readers = [ev.student_reader(model, name) for name in [*model.projectors, "mast3r_vitlarge_16"]]  # also the published
     assert [reader.name.split()[-1] for reader in readers] == [*model.projectors, "mast3r"]
     for reader in readers:
         want = model(data.normalise(x))[reader.name.split()[-1]]
         assert torch.allclose(reader(x)["patch"], want["patch"], atol=2e-2)
         assert (reader(x)["cls"] is None) == (want["cls"] is None)
     with pytest.raises(Oops, match="no projector for dino: it has dinov2"):
-        ev.student_readers(model, ["dino"])
+        ev.student_reader(model, "dino")
 
 def test_ablation_is_one_table_of_runs(tmp_path, monkeypatch, capsys):
     """Twice the seeds of the paper's choice and of each single change; what is measured is told as mean and spread."""
@@ -403,7 +401,7 @@ def test_wrong_input_is_told_in_one_line(tmp_path, teacher):
         ([*pair, "flat.npy"], "expected a place"),
         (["match", "--pairs", "short.txt"], "needs two images"),
         (["match", "--pairs", "empty.txt"], "empty.txt holds no pairs"),
-        (["match", "--pairs", "binary.txt"], "binary.txt holds no pairs"),
+        (["match", "--pairs", "binary.txt"], "binary.txt: a pair needs two images"),
         ([*pair, "--pairs", "short.txt"], "not both"),
         (["knn", "--train", "classes", "--test", "classes", "--through", "dinov2"], "say what to look at"),
         (["alignment"], "at least two teachers"),
@@ -431,9 +429,10 @@ def test_a_mask_of_another_size_is_resized_with_one_warning(tmp_path, capsys):
     for i in range(2):
         quarters = np.array([[0, 1], [2, 3]], np.uint8).repeat(12, 0).repeat(16, 1)
         picture(tmp_path / "masks" / f"{i}.png", quarters)
-    warned = set()
-    targets = [ev.read_target(*pair, warned) for pair in ev.find_pairs(str(tmp_path), ("masks",))]
-    assert targets[0].shape == (48, 64) and targets[0][::24, ::32].tolist() == [[0, 1], [2, 3]]
+    args = argparse.Namespace(train=str(tmp_path), test=str(tmp_path), sliding=False)
+    for part in ev.labelled_images(args, ("masks",), lambda target, path: target):
+        assert all(target[::24, ::32].tolist() == [[0, 1], [2, 3]] for _, target, _ in part)
+        assert all(target.shape == (48, 64) and boxes == [(0, 0, 64, 48)] for _, target, boxes in part)
     assert capsys.readouterr().err.count("resized") == 1
 
 def test_every_command_has_help_also_without_docstrings(capsys):
