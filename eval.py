@@ -55,12 +55,11 @@ def held_out_losses(model, teachers, images, grid, chunk=16, running=False):
     result = {}
     for t, teacher in teachers.items():
         features = joined([teacher(part, grid) for part in parts])
-        norm = model.teacher_norms[t]
-        statistics = {kind: norm.statistics(kind) for kind in norm.normalizers}
-        for kind in () if running else statistics:
+        norm, statistics = model.teacher_norms[t], {}
+        for kind in norm.normalizers:
             tokens = features[kind].flatten(0, -2)
             std, mean = torch.std_mean(tokens, 0, correction=min(1, len(tokens) - 1))  # one image has one class token
-            statistics[kind] = mean, std.clamp(min=1e-3)
+            statistics[kind] = norm.statistics(kind) if running else (mean, std.clamp(min=1e-3))
         loss, values = dune.image_losses(joined([part[t] for part in student]), features, statistics)
         result[t] = {name: value.mean().item() for name, value in {**values, "loss": loss}.items()}
     model.train(training)
@@ -68,25 +67,24 @@ def held_out_losses(model, teachers, images, grid, chunk=16, running=False):
 
 def joined(parts):
     """The features of several batches as one: {"cls": [n, D] or None, "patch": [n, N, D]}, fp32."""
-    known = [kind for kind in ("cls", "patch") if parts[0][kind] is not None]
-    return {"cls": None, **{kind: torch.cat([part[kind].float() for part in parts]) for kind in known}}
+    return {kind: None if parts[0][kind] is None else torch.cat([part[kind].float() for part in parts])
+            for kind in ("cls", "patch")}
 
 def held_out(specs, groups, teachers, size):
-    """Images that a run is judged by: {"image": uint8 [n, 3, size, size], "group": [n], "show": a few for pictures,
-    "what": in words}. specs: as for --data; without any the groups' own that no run trains on, if they have such."""
+    """Images that a run is judged by: {"image": uint8 [n, 3, size, size], "show": a few for pictures, "what": in words}.
+    specs: as for --data; without any the groups' own that no run trains on, if they have such."""
     each = 32 if size <= 128 else 8
     what = "held-out images"
     if specs:
         groups = data.parse_data(specs, teachers)
     else:
-        unseen = [[source.held_out(each) for source in group.sources] for group in groups]
-        seen = any(source in group.sources for group, sources in zip(groups, unseen) for source in sources)
+        unseen = [replace(group, sources=[source.held_out(each) for source in group.sources]) for group in groups]
+        seen = any(set(old.sources) & set(new.sources) for old, new in zip(groups, unseen))
         what = "training images (held-out ones: --val)" if seen else "held-out scenes"
-        groups = [replace(group, sources=sources) for group, sources in zip(groups, unseen)]
+        groups = unseen
     n = min(each, *(group.count for group in groups))
     batch = next(data.batches(groups, size, n * len(groups), workers=0, train=False))
-    show = list(range(min(6, len(batch["image"]))))
-    return {"image": batch["image"], "group": batch["group"], "show": show, "what": what}
+    return {"image": batch["image"], "show": slice(6), "what": what}
 
 def command_loss(args):
     look = subject(args)
@@ -249,17 +247,27 @@ def command_ablate(args):
     if args.quick:  # the paper's choice, and one thing changed
         configs = [config for config in configs if sum(config[factor] != PAPERS[factor] for factor in FACTORS) <= 1]
         steps = max(1, steps // 2)
-    runs, values, judge = [], {}, None
+    runs, values = [], {}
     jobs = list(itertools.product(configs, range(args.seed, args.seed + args.seeds)))
     for config, seed in tqdm(jobs, "ablate", leave=False):
         name = " ".join(map(str, config.values()))
         folder = f"{output(args, '')}/{name.replace(' ', '-')}-seed{seed}-steps{steps}"
         rate = train_tiny(folder, config, seed, steps, args.device)
-        look = subject(argparse.Namespace(run=folder, teacher=[], weights=[], image_size=0, device=args.device))
-        judge = judge or ablation_judge(look)
-        row, details = judge(look.model)
-        values.setdefault(name, []).append({**row, "images/s": rate})
-        runs.append({**config, "seed": seed, "steps": steps, "images/s": rate, **row, **details})
+        whole = argparse.Namespace(run=folder, teacher=[], weights=[], image_size=0, device=args.device, data=[])
+        look = subject(whole)
+        encoder, *bare = look.readers
+        if not runs:  # what all runs are judged by
+            images = some_images(whole, look)["image"]
+            scenes = study_scenes(0, look, train=540, test=240, pairs=20)
+            own = {reader.name: study_row(reader, scenes, look.grid, 0, 200)[0] for reader in bare}
+        parts = held_out_losses(look.model, look.teachers, images, look.grid)
+        losses = {t: parts[t]["loss"] for t in parts}
+        probes, _ = study_row(encoder, scenes, look.grid, 0, 200)
+        ratios = [beside["encoder"] for *_, beside in beside_own_teachers({**own, "encoder": probes}, own)]
+        row = {"loss": np.mean(list(losses.values())).item(), "imbalance": max(losses.values()) - min(losses.values()),
+               "study": np.mean(ratios).item(), "images/s": rate}
+        values.setdefault(name, []).append(row)
+        runs.append({**config, "seed": seed, "steps": steps, **row, "losses": losses, "probes": probes})
         path = write_json(args, {"runs": runs})  # at once: half an hour may be interrupted
     print(f"{len(runs)} runs of {steps} steps, mean ± spread of {args.seeds} seeds; loss: held-out, mean over all;\n"
           "imbalance: largest - smallest teacher's; study: encoder's probes / own teacher's, mean over columns")
@@ -278,22 +286,6 @@ def train_tiny(folder, config, seed, steps, device):
     if result.returncode:
         raise Oops(f"train.py failed for {folder}: {(result.stderr.strip().splitlines() or ['?'])[-1]}")
     return float(np.median([number(line, "images_per_s") for line in read_log(folder)][1:] or [math.nan]))
-
-def ablation_judge(look):
-    """judge(model) -> {measure: value}, details; the scenes are drawn and the teachers probed once for all models."""
-    scenes = study_scenes(0, look, train=540, test=240, pairs=20)
-    own = {t: study_row(teacher_reader(t, teacher, look.patch), scenes, look.grid, 0, 200)[0]
-           for t, teacher in look.teachers.items()}
-    held = some_images(argparse.Namespace(data=[]), look)["image"]
-
-    def judge(model):
-        losses = {t: parts["loss"] for t, parts in held_out_losses(model, look.teachers, held, look.grid).items()}
-        found, _ = study_row(student_reader(model, "encoder"), scenes, look.grid, 0, 200)
-        ratios = [beside["encoder"] for *_, beside in beside_own_teachers({**own, "encoder": found}, own)]
-        row = {"loss": np.mean(list(losses.values())).item(), "imbalance": max(losses.values()) - min(losses.values()),
-               "study": np.mean(ratios).item()}
-        return row, {"losses": losses, "probes": found}
-    return judge
 
 # ---- Folders of images -----------------------------------------------------------------------------------------------
 
@@ -355,23 +347,23 @@ def listing(folder, suffixes=""):
 def command_classify(args):
     train, labels, names = class_folders(args.train)
     test, truth, _ = class_folders(args.test, names)
-    look = subject(args, every_teacher=False)
+    look = subject(args)
     labels, truth = labels.to(look.device), truth.to(look.device)
     rows = {}
     for reader in look.readers:
-        has_cls = reader(torch.zeros(1, 3, look.size, look.size, dtype=torch.uint8))["cls"] is not None
+        x, y = (extract(reader, [(path, None) for path in paths], look.size, dense=False) for paths in (train, test))
+        has_cls = bool(x[0, 0].any())
         token = args.token or ("cls" if has_cls else "patch")
         if token != "patch" and not has_cls:
             raise Oops(f"{reader.name} has no class token: take --token patch")
         columns = {"cls": slice(0, 1), "patch": slice(1, 2), "both": slice(0, 2)}[token]
-        x, y = (extract(reader, [(path, None) for path in paths], look.size, dense=False) for paths in (train, test))
         x, y = (z[:, columns].float().flatten(1).to(look.device) for z in (x, y))
         if args.command == "knn":
-            rows[reader.name] = top(knn(x, labels, y, len(names), args.k, args.temperature), truth)
+            scores, more = knn(x, labels, y, len(names), args.k, args.temperature), {}
         else:
             scores, rate = linear_probe(x, labels, y, len(names), args.steps, args.seed)
-            rows[reader.name] = {**top(scores, truth), "lr": f"{rate:g}"}
-        rows[reader.name]["token"] = token
+            more = {"lr": f"{rate:g}"}
+        rows[reader.name] = {**top(scores, truth), **more, "token": token}
     report(args, look, rows, train=args.train, test=args.test, images=[len(train), len(test)])
 
 def knn(train, labels, test, classes, k=20, temperature=0.07):
@@ -509,9 +501,9 @@ def find_pairs(folder, names):
     at = os.path.abspath(folder or "")
     if "images" in listing(folder):
         at = os.path.join(at, "images")
-    head, found, tail = at.rpartition(f"{os.sep}images")
-    places = [f"{head}{os.sep}{name}{tail}" for name in names if os.path.isdir(f"{head}{os.sep}{name}{tail}")]
-    if not found or not places:
+    head, _, tail = at.rpartition(f"{os.sep}images")
+    places = [place for name in names if os.path.isdir(place := f"{head}{os.sep}{name}{tail}")]
+    if not places:
         raise Oops(f"{folder}: expected the folders images/ and {' or '.join(f'{name}/' for name in names)} in it")
     images, targets = ({os.path.splitext(f)[0]: os.path.join(place, f) for f in listing(place, suffixes)}
                        for place, suffixes in ((at, data.SUFFIXES), (places[0], (".png", ".npy"))))
@@ -535,7 +527,7 @@ def command_seg(args):
         return F.cross_entropy(maps, y.long(), ignore_index=-1, reduction="sum") / (y >= 0).sum().clamp(min=1)
     train, test = labelled_images(args, ("masks", "annotations", "labels"), clean)
     classes = count_classes(args, train, test)
-    look = subject(args, every_teacher=False)
+    look = subject(args)
     counts, pictures = {}, {}
     for name, path, target, maps in dense(args, look, train, test, classes, None, loss):
         guess, truth = maps.argmax(0), target.long()
@@ -578,7 +570,7 @@ def command_depth(args):
                        "(units per metre) right, or --max-depth?")
         return y
     train, test = labelled_images(args, ("depth", "depths"), clean)
-    look = subject(args, every_teacher=False)
+    look = subject(args)
     errors, pictures = {}, {}
     for name, path, truth, maps in dense(args, look, train, test, 256, torch.linspace(low, high, 256), silog):
         errors.setdefault(name, []).append(depth_errors(maps[0], truth))
@@ -590,9 +582,8 @@ def command_depth(args):
 def silog(guess, truth):
     """Scale-invariant log loss (Eigen et al. 2014) over the measured pixels: guess [b, 1, h, w], truth [b, h, w]."""
     gap = (guess[:, 0].log() - truth.clamp(min=1e-3).log())[truth > 0]
-    if len(gap) == 0:
-        return guess.sum() * 0
-    return (gap.square().mean() - 0.5 * gap.mean().square() + 1e-8).sqrt()
+    n = max(1, len(gap))
+    return (gap.square().sum() / n - 0.5 * (gap.sum() / n).square() + 1e-8).sqrt()
 
 def depth_errors(guess, truth):
     """{"RMSE" (m), "AbsRel", "delta1" (%)} over the pixels with truth > 0."""
@@ -618,7 +609,7 @@ def match(reader, images, flow, size, upsample=1):
     for image in images:
         rows, cols = (side // reader.patch_size for side in image.shape[1:])
         x = reader(image[None])["patch"].mT.unflatten(2, (rows, cols))
-        x = F.interpolate(x, scale_factor=upsample, mode="bilinear") if upsample > 1 else x
+        x = F.interpolate(x, scale_factor=upsample, mode="bilinear")
         flat.append(F.normalize(x[0].flatten(1).T, dim=-1))
         places.append(zoo.centres(*x.shape[-2:]))
     similarity, there = (x.cpu() for x in nearest(flat[0], flat[1]))
@@ -639,13 +630,11 @@ def follow(flow, places, size):
     """Where places [m, 2] of image A lie in image B, both fractions of the sides; NaN where it is not known or outside.
 
     flow [H, W, 2]: for each pixel of A its place in B in pixels (x, y), whose centres are at integer + 0.5; NaN: not
-    known; None: nothing is. size [2] (width, height): B's.
+    known. size [2] (width, height): B's.
     """
-    if flow is None:
-        return torch.full_like(places, math.nan)
     at = places * torch.tensor(flow.shape[1::-1])
     x, y = at.long().unbind(1)
-    goal = (flow[y, x] + at - torch.stack([x, y], 1) - 0.5) / size  # a pixel's flow is that of its centre
+    goal = (flow[y, x] + at.frac() - 0.5) / size  # a pixel's flow is that of its centre
     return torch.where(((goal >= 0) & (goal < 1)).all(1, keepdim=True), goal, math.nan).float()
 
 def correct(found, shares=(0.01, 0.03, 0.05)):
@@ -665,7 +654,7 @@ def room_views(start, count, size):
 
 def command_match(args):
     lines = read_pairs(args)
-    look = subject(args, every_teacher=False)
+    look = subject(args)
     pairs = itertools.starmap(load_pair, lines)
     if not lines:
         print("no --pair: matching the two views of procedural rooms")
@@ -684,53 +673,47 @@ def command_match(args):
     report(args, look, rows, picture)
 
 def read_pairs(args):
-    """[[path a, path b, perhaps that of a flow map]] of --pair, or of --pairs, a file with such lines."""
-    if args.pair and args.pairs:
-        raise Oops("eval.py match takes --pair A B [FLOW.npy], or --pairs LIST with such lines, not both")
-    lines = [args.pair] if args.pair else []
+    """[[path a, path b, perhaps that of a flow map]] of --pair, and of the lines of the file --pairs."""
+    pairs = [args.pair] if args.pair else []
     if args.pairs:
+        home = os.path.dirname(args.pairs)
         with open(dune.regular(args.pairs), encoding="utf-8", errors="replace") as file:
             lines = [line.split() for line in file if line.strip() and line[0] != "#"]
         if not lines:
             raise Oops(f"{args.pairs} holds no pairs: --pairs wants a text file, each line: A B [FLOW.npy]")
-    for line in lines:
-        if not 2 <= len(line) <= 3:
-            raise Oops(f"{args.pairs or '--pair'}: a pair needs two images, and perhaps a flow map; this has {len(line)}: "
-                       f"{' '.join(line)[:100]}")
-    home = os.path.dirname(args.pairs or "")
-    return [[dune.regular(os.path.join(home, path)) for path in line] for line in lines]
+        pairs += [[os.path.join(home, path) for path in line] for line in lines]
+    for pair in pairs:
+        if not 2 <= len(pair) <= 3:
+            raise Oops(f"a pair needs two images, and perhaps a flow map; this has {len(pair)}: {' '.join(pair)[:100]}")
+    return [[dune.regular(path) for path in pair] for pair in pairs]
 
-def load_pair(a, b, flow=None):
-    """(two PIL images, flow map [H, W, 2] or None) of the paths of a pair."""
-    images = [data.load_image(path) for path in (a, b)]
-    if flow is None:
-        return images, None
-    array = read_array(flow, 3)
+def load_pair(a, b, path=None):
+    """(two PIL images, flow map [H, W, 2], all NaN if there is none) of the paths of a pair."""
+    images = [data.load_image(a), data.load_image(b)]
     shape = (images[0].height, images[0].width, 2)
-    if array.shape != shape:
-        raise Oops(f"{flow} is {list(array.shape)}, expected {list(shape)}: for each pixel of A its place in B")
-    return images, torch.from_numpy(array.astype(np.float64))
+    if path is None:
+        return images, torch.tensor(math.nan).expand(shape)
+    flow = torch.from_numpy(read_array(path, 3).astype(np.float64))
+    if flow.shape != shape:
+        raise Oops(f"{path} is {list(flow.shape)}, expected {list(shape)}: for each pixel of A its place in B")
+    return images, flow
 
 # ---- What distillation did: spectrum, alignment ----------------------------------------------------------------------
 
 def command_spectrum(args):
     look = subject(args)
     images = some_images(args, look)["image"]
-    groups = {}
-    for t, teacher in look.teachers.items():
-        groups[t] = [teacher_reader(t, teacher, look.patch)]
-        if look.model and t in look.model.projectors:
-            groups[t].append(student_reader(look.model, t))
-    if look.model:
-        groups["the student's encoder"] = [student_reader(look.model, "encoder")]
     panels, curves, rows = {}, {}, {}
-    for title, readers in tqdm(groups.items(), "spectrum", leave=False):
+    for first in tqdm(look.readers, "spectrum", leave=False):
+        readers, panel = [first], panels.setdefault(f"variance explained: {first.name}", {})
+        if look.model and first.name in look.model.projectors:
+            readers.append(student_reader(look.model, first.name))
         for reader in readers:
             x = explained(reader(images)["patch"])
             needed = {f"{percent} % of variance": str(1 + int((x < percent / 100).sum())) for percent in (50, 90, 99)}
             rows[reader.name] = {**needed, "dimensions": str(len(x))}
             curves[reader.name] = x.tolist()
-            panels.setdefault(f"variance explained: {title}", {})[reader.name] = itertools.count(1), curves[reader.name]
+            panel[reader.name] = itertools.count(1), curves[reader.name]
     report(args, look, rows, draw_curves(output(args, ".png"), panels, width=380), curves=curves)
 
 def explained(features):
@@ -748,12 +731,11 @@ def command_alignment(args):
     if len(names) < 2 or len(changes) < 4:
         raise Oops(f"eval.py alignment needs --run with at least two teachers and five lines of log.jsonl; {args.run} "
                    f"has {len(names)} and {len(lines)} (--log-every)")
-    window = max(8, len(changes) // 8)
-    ends = range(min(window, len(changes)), len(changes) + 1)
-    steps = [lines[end]["step"] for end in ends]
+    window = min(len(changes), max(8, len(changes) // 8))
+    steps = [line["step"] for line in lines[window:len(changes) + 1]]
     with np.errstate(invalid="ignore", divide="ignore"):  # NaN for what does not change
         whole = np.corrcoef(changes.T).tolist()
-        parts = [np.corrcoef(changes[max(0, end - window):end].T).tolist() for end in ends]
+        parts = [np.corrcoef(part).tolist() for part in np.lib.stride_tricks.sliding_window_view(changes, window, 0)]
     curves = {f"{names[j]} and {names[i]}": (steps, [part[i][j] for part in parts])
               for j, i in itertools.combinations(range(len(names)), 2)}
     table({name: dict(zip(names, row)) for name, row in zip(names, whole)}, "correlation")
@@ -1338,35 +1320,32 @@ def teacher_reader(name, teacher, patch):
         return teacher(images, (images.shape[-2] // patch, images.shape[-1] // patch))
     return Reader(name, read, patch, [teacher])
 
-def subject(args, every_teacher=True):
-    """What a command looks at: .model (a student or None), .teachers {name: FrozenTeacher},
-    .readers of both, .size and .patch (pixels), .grid (tokens), .device. Without --teacher: all of the student's;
-    every_teacher=False: none."""
-    model, weights, size = None, {}, 336
+def subject(args):
+    """What a command looks at: .model (a student or None), .teachers {name: FrozenTeacher}, .readers of both, .size and
+    .patch (pixels), .grid (tokens), .device. Without --teacher: all of the student's; none if there is --through."""
+    model, weights, size, through = None, {}, 336, getattr(args, "through", None)
     path = f"{args.run}/checkpoint.pt" if args.run else args.checkpoint
     if path:
         path = dune.fetch(dune.PUBLISHED.format(path)) if path in dune.PUBLISHED_NAMES else path
         file = dune.read_checkpoint(path)
         model = dune.model_from(file, path).to(args.device)
         size = model.encoder.grid * model.encoder.patch_size
-        if isinstance(file.get("args"), dict):  # one of ours
-            size = dune.entry(file["args"], "image_size", int, path, size)
         stored = dune.entry(file, "weights", dict, path, {})
         weights = {t: dune.entry(stored, t, str, path) for t in stored}
     if any("=" not in item for item in args.weights):
         raise Oops("--weights: write TEACHER=FILE")
     weights.update(item.split("=", 1) for item in args.weights)
-    names = args.teacher or (list(model.projectors) if model and every_teacher else [])
-    through = getattr(args, "through", [])
+    names = args.teacher or (list(model.projectors) if model and through is None else [])
     if not model and (through or not names):
         raise Oops("say what to look at: --run FOLDER or --checkpoint FILE (with --through TEACHER if you like), "
                    "--teacher NAME, or both")
-    teachers = {t: zoo.load_teacher(t, weights.get(t), args.device) for t in names}
-    for t in teachers.keys() & (model.projectors.keys() if model else ()):
-        learned = model.teacher_norms[t].normalizers["patch"].mean.numel()
-        if teachers[t].dim != learned:
+    teachers = {}
+    for t in names:
+        teachers[t] = zoo.load_teacher(t, weights.get(t), args.device)
+        norm = model.teacher_norms[t].normalizers["patch"] if model and t in model.projectors else None
+        if norm and len(norm.mean) != teachers[t].dim:
             raise Oops(f"{weights.get(t, t)} has features of {teachers[t].dim} channels; the student learned from a "
-                       f"{t} with {learned}: is it the right file?")
+                       f"{t} with {len(norm.mean)}: is it the right file?")
     patch = (model.encoder if model else teachers[names[0]]).patch_size
     size = args.image_size or size
     if size < patch or size % patch:
@@ -1386,7 +1365,7 @@ def some_images(args, look):
     images = [data.fit_image(picture, look.size, look.patch) for picture in pictures]
     if len({image.shape for image in images}) > 1:
         images = [data.val_transform(picture, look.size) for picture in pictures]
-    return {"image": torch.stack(images), "show": list(range(len(images)))}
+    return {"image": torch.stack(images), "show": slice(None)}
 
 # ---- Pictures --------------------------------------------------------------------------------------------------------
 
@@ -1777,14 +1756,20 @@ IMAGES = {
     "data": option([], "images, as for train.py; none: procedural scenes", metavar="TEACHER=SOURCE"),
 }
 PROBED = {
+    **COMMON,
     "through": option([], "look at the student through this projector; may be repeated; also: encoder",
                       metavar="TEACHER"),
     "train": option(None, "folder to train the probe on"),
     "test": option(None, "folder to test it on"),
 }
-TOKEN = {"token": option(None, "without: the class token if there is one", choices=("cls", "patch", "both"))}
-STEPS = {"steps": option(1000, "training steps of the probe", 1, 1e6)}
-SLIDING = {"sliding": option(False, "look through square windows, not at the whole image squeezed to a square")}
+STEPS = option(1000, "training steps of the probe", 1, 1e6)
+CLASSIFIED = {
+    **PROBED, "token": option(None, "without: the class token if there is one", choices=("cls", "patch", "both")),
+}
+DENSE = {
+    **PROBED, "steps": STEPS,
+    "sliding": option(False, "look through square windows, not at the whole image squeezed to a square"),
+}
 COMMANDS = {  # name: (function, its options, what it tells)
     "study": (command_study, {**COMMON, "seeds": option(3, "how many", 1, 1000)},
               "Linear probes, k-NN, matching on procedural scenes."),
@@ -1800,18 +1785,17 @@ COMMANDS = {  # name: (function, its options, what it tells)
     "alignment": (command_alignment, {"run": COMMON["run"], "out": COMMON["out"]},
                   "Figure 5, from a run's log.jsonl: do the teachers' losses change together?"),
     "knn": (command_classify, {
-        **COMMON, **PROBED, **TOKEN, "k": option(20, "neighbours", 1),
+        **CLASSIFIED, "k": option(20, "neighbours", 1),
         "temperature": option(0.07, "of their votes", 0.001, 100),
     }, "A folder of images for each class: weighted k-NN as DINO does it, top-1 and top-5."),
-    "linear": (command_classify, {**COMMON, **PROBED, **TOKEN, **STEPS},
+    "linear": (command_classify, {**CLASSIFIED, "steps": STEPS},
                "A folder of images for each class: linear probes, the best of five learning rates on held-out images."),
     "seg": (command_seg, {
-        **COMMON, **PROBED, **STEPS, **SLIDING,
-        "classes": option(0, "how many; 0: as many as --train shows", high=MOST_CLASSES),
+        **DENSE, "classes": option(0, "how many; 0: as many as --train shows", high=MOST_CLASSES),
         "ignore": option([255], "labels that count for nothing (ADE20K: 0)", -1, kind=int, nargs="+"),
     }, "Images and index masks: a linear head on patch tokens; mIoU, IoU of each class, a picture."),
     "depth": (command_depth, {
-        **COMMON, **PROBED, **STEPS, **SLIDING, "max_depth": option(10.0, "metres", 0.01, 1000),
+        **DENSE, "max_depth": option(10.0, "metres", 0.01, 1000),
         "depth_scale": option(1000.0, "units of a depth PNG per metre", 1e-3, 1e6),
     }, "Images and depth (16-bit PNG, or .npy in metres; 0: not measured): a linear head; errors, a picture."),
     "match": (command_match, {

@@ -175,7 +175,7 @@ def test_wrong_and_unknown_matches_are_told_apart():
     flow[:, :32] = math.nan
     half = ev.match(pixels(8), images, flow, (64, 64))
     assert half.findable == 32 and (half.error.isnan() == (half.a[:, 0] < 0.5)).all()
-    unknown = ev.match(pixels(8), images, None, (64, 64))
+    unknown = ev.match(pixels(8), images, torch.full_like(flow, math.nan), (64, 64))
     assert unknown.error.isnan().all() and ev.correct([unknown]) == {}
 
 def test_a_flow_map_speaks_of_pixels_of_images_of_any_size():
@@ -267,22 +267,34 @@ def test_readers_speak_as_the_student_does(tmp_path):
 
 def test_ablation_is_one_table_of_runs(tmp_path, monkeypatch, capsys):
     """Twice the seeds of the paper's choice and of each single change; what is measured is told as mean and spread."""
-    commands = []
+    commands, looked = [], []
 
     def train(folder, config, seed, steps, device):
         commands.append((config, steps))
         return 100.0 + seed
+
+    def look(args):
+        looked.append(args.run)
+        readers = [ev.Reader(name, None, 14, []) for name in ("encoder", *zoo.SPECIALISTS)]
+        return argparse.Namespace(model=None, teachers={t: None for t in zoo.SPECIALISTS}, readers=readers, grid=(8, 8))
+
+    def probes(reader, *rest):  # the student's are 0.9 as good as each teacher's, also where less is better
+        return {c: 9.0 if (reader.name == "encoder") == more else 10.0 for c, (_, more) in ev.COLUMNS.items()}, {}
     monkeypatch.setattr(ev, "train_tiny", train)
-    monkeypatch.setattr(ev, "subject", lambda args: argparse.Namespace(model=args.run))
-    measures = {"loss": 0.5, "imbalance": 0.1, "study": 0.9}
-    monkeypatch.setattr(ev, "ablation_judge", lambda look: lambda model: (measures, {}))
+    monkeypatch.setattr(ev, "subject", look)
+    monkeypatch.setattr(ev, "some_images", lambda *args: {"image": None})
+    monkeypatch.setattr(ev, "study_scenes", lambda *args, **sizes: None)
+    monkeypatch.setattr(ev, "study_row", probes)
+    losses = dict(zip(zoo.SPECIALISTS, ({"loss": 0.5}, {"loss": 0.45}, {"loss": 0.55})))
+    monkeypatch.setattr(ev, "held_out_losses", lambda *args: losses)
     ev.main(["ablate", "--quick", "--steps", "9", "--out", "a/b"])
-    assert len(commands) == 2 * (1 + 2 + 2 + 1) and {steps for _, steps in commands} == {4}
+    assert len(commands) == len(set(looked)) == 2 * (1 + 2 + 2 + 1) and {steps for _, steps in commands} == {4}
     assert all(sum(config[f] != ev.PAPERS[f] for f in config) <= 1 for config, _ in commands)
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("tp all 0.5"))
     assert row.split()[3:] == ["0.500", "0.100", "0.900", "100.5", "±0.5"]
     with open("a/b.json") as file:
-        assert len(json.load(file)["runs"]) == 12
+        runs = json.load(file)["runs"]
+    assert len(runs) == 12 and runs[0]["losses"]["mast3r"] == 0.45 and runs[0]["probes"]["k-NN"] == 9
 
 # ---- Losses, logs, pictures ------------------------------------------------------------------------------------------
 
@@ -401,8 +413,8 @@ def test_wrong_input_is_told_in_one_line(tmp_path, teacher):
         ([*pair, "flat.npy"], "expected a place"),
         (["match", "--pairs", "short.txt"], "needs two images"),
         (["match", "--pairs", "empty.txt"], "empty.txt holds no pairs"),
-        (["match", "--pairs", "binary.txt"], "binary.txt: a pair needs two images"),
-        ([*pair, "--pairs", "short.txt"], "not both"),
+        (["match", "--pairs", "binary.txt"], "a pair needs two images"),
+        ([*pair, "--pairs", "short.txt"], "this has 1"),
         (["knn", "--train", "classes", "--test", "classes", "--through", "dinov2"], "say what to look at"),
         (["alignment"], "at least two teachers"),
     ):
