@@ -55,7 +55,8 @@ def held_out_losses(model, teachers, images, grid, chunk=16, running=False):
     result = {}
     for t, teacher in teachers.items():
         features = joined([teacher(part, grid) for part in parts])
-        norm, statistics = model.teacher_norms[t], {}
+        norm = model.teacher_norms[t]
+        statistics = {}
         for kind in norm.normalizers:
             tokens = features[kind].flatten(0, -2)
             std, mean = torch.std_mean(tokens, 0, correction=min(1, len(tokens) - 1))  # one image has one class token
@@ -71,7 +72,7 @@ def joined(parts):
             for kind in ("cls", "patch")}
 
 def held_out(specs, groups, teachers, size):
-    """Images that a run is judged by: {"image": uint8 [n, 3, size, size], "show": a few for pictures, "what": in words}.
+    """Images that a run is judged by: {"image": uint8 [n, 3, size, size], "show": which in pictures, "what": in words}.
     specs: as for --data; without any the groups' own that no run trains on, if they have such."""
     each = 32 if size <= 128 else 8
     what = "held-out images"
@@ -206,11 +207,11 @@ def study_row(reader, scenes, grid, seed, steps):
         if domain == "rooms":
             views = x["patch"].unflatten(0, (-1, 2))
             describes = with_descriptor(reader, views, *scenes["own"], *scale["patch"], steps)
-    found = [match(describes, images, flow, images.shape[-2:]) for images, flow in scenes["pairs"]]
-    # Of all patches that both views see: of the matches alone, an encoder that finds few would look good. 10 % of the
-    # side is less than a patch.
-    row["matching"] = correct(found, shares=(0.1,))["found"]
-    return {column: row[column] for column in COLUMNS}, said
+            found = [match(describes, images, flow, images.shape[-2:]) for images, flow in scenes["pairs"]]
+            # Of all patches that both views see: of the matches alone, an encoder that finds few would look good. 10 %
+            # of the side is less than a patch.
+            row["matching"] = correct(found, shares=(0.1,))["found"]
+    return row, said
 
 def with_descriptor(reader, views, own, seen, mean, std, steps):
     """The reader with a linear layer behind it that has learned which patches of two views are of one place.
@@ -253,11 +254,11 @@ def command_ablate(args):
         name = " ".join(map(str, config.values()))
         folder = f"{output(args, '')}/{name.replace(' ', '-')}-seed{seed}-steps{steps}"
         rate = train_tiny(folder, config, seed, steps, args.device)
-        whole = argparse.Namespace(run=folder, teacher=[], weights=[], image_size=0, device=args.device, data=[])
-        look = subject(whole)
+        run = argparse.Namespace(run=folder, teacher=[], weights=[], image_size=0, device=args.device, data=[])
+        look = subject(run)
         encoder, *bare = look.readers
         if not runs:  # what all runs are judged by
-            images = some_images(whole, look)["image"]
+            images = some_images(run, look)["image"]
             scenes = study_scenes(0, look, train=540, test=240, pairs=20)
             own = {reader.name: study_row(reader, scenes, look.grid, 0, 200)[0] for reader in bare}
         parts = held_out_losses(look.model, look.teachers, images, look.grid)
@@ -351,7 +352,7 @@ def command_classify(args):
     labels, truth = labels.to(look.device), truth.to(look.device)
     rows = {}
     for reader in look.readers:
-        x, y = (extract(reader, [(path, None) for path in paths], look.size, dense=False) for paths in (train, test))
+        x, y = (extract(reader, samples, look.size, dense=False) for samples in (train, test))
         has_cls = bool(x[0, 0].any())
         token = args.token or ("cls" if has_cls else "patch")
         if token != "patch" and not has_cls:
@@ -359,11 +360,11 @@ def command_classify(args):
         columns = {"cls": slice(0, 1), "patch": slice(1, 2), "both": slice(0, 2)}[token]
         x, y = (z[:, columns].float().flatten(1).to(look.device) for z in (x, y))
         if args.command == "knn":
-            scores, more = knn(x, labels, y, len(names), args.k, args.temperature), {}
+            rows[reader.name] = top(knn(x, labels, y, len(names), args.k, args.temperature), truth)
         else:
             scores, rate = linear_probe(x, labels, y, len(names), args.steps, args.seed)
-            more = {"lr": f"{rate:g}"}
-        rows[reader.name] = {**top(scores, truth), **more, "token": token}
+            rows[reader.name] = {**top(scores, truth), "lr": f"{rate:g}"}
+        rows[reader.name]["token"] = token
     report(args, look, rows, train=args.train, test=args.test, images=[len(train), len(test)])
 
 def knn(train, labels, test, classes, k=20, temperature=0.07):
@@ -401,21 +402,22 @@ def linear_probe(x, labels, y, classes, steps, seed, rates=(1e-4, 3e-4, 1e-3, 3e
         return heads[best](y), rates[best]
 
 def class_folders(path, names=None):
-    """(paths, labels [n], class names) of a folder with one folder of images for each class; names: those allowed."""
+    """([(path, None)] for extract, labels [n], class names) of a folder with one folder of images for each class;
+    names: those allowed."""
     classes = {name: listing(os.path.join(path, name), data.SUFFIXES)
                for name in listing(path) if os.path.isdir(os.path.join(path, name))}
     if len(classes) < (1 if names else 2):
         raise Oops(f"{path} must hold a folder for each of at least two classes")
     names = names or list(classes)
-    paths, labels = [], []
+    samples, labels = [], []
     for name, images in classes.items():
         if name not in names:
             raise Oops(f"{path}: the class {name} is not among those of --train")
         if not images:
             raise Oops(f"the class {path}/{name} is empty: add images ({' '.join(data.SUFFIXES)}) or remove the folder")
-        paths += [os.path.join(path, name, image) for image in images]
+        samples += [(os.path.join(path, name, image), None) for image in images]
         labels += [names.index(name)] * len(images)
-    return paths, torch.tensor(labels), names
+    return samples, torch.tensor(labels), names
 
 # ---- Dense: segmentation, depth --------------------------------------------------------------------------------------
 
@@ -479,7 +481,7 @@ def dense(args, look, train, test, outputs, bins, loss_of):
             yield reader.name, path, target, total / seen
 
 def binned(maps, bins):
-    """Depth [b, 1, h, w] as DINOv2's linear head says it: the mean of bins [C], metres, under weights maps [b, C, h, w]."""
+    """Depth [b, 1, h, w] as DINOv2's linear head gives it: the mean of bins [C], metres, by weights maps [b, C, h, w]."""
     weight = maps.relu() + 0.1
     bins = bins.to(maps.device)[:, None, None]
     return (weight * bins).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
@@ -638,13 +640,16 @@ def follow(flow, places, size):
     return torch.where(((goal >= 0) & (goal < 1)).all(1, keepdim=True), goal, math.nan).float()
 
 def correct(found, shares=(0.01, 0.03, 0.05)):
-    """{"1 %": …} of [Matches]: % of the matches whose truth is known that lie within these shares of the image side;
+    """Of [Matches]: how many, and % of those whose truth is known that lie within these shares of the image side;
     "found": the last, as % of all places that could have been matched."""
     error = torch.cat([matches.error for matches in found])
     known = error[~error.isnan()]
     findable = sum(matches.findable for matches in found)
-    within = {f"{100 * s:g} %": 100 * (known <= s).float().mean().item() for s in shares if len(known)}
-    return {**within, "found": 100 * (known <= shares[-1]).sum().item() / findable} if findable else {}
+    row = {"matches": str(len(error))}
+    if findable:
+        row.update({f"{100 * s:g} %": 100 * (known <= s).float().mean().item() for s in shares if len(known)})
+        row["found"] = 100 * (known <= shares[-1]).sum().item() / findable
+    return row
 
 def room_views(start, count, size):
     """[(two views uint8 [2, 3, size, size], flow map [size, size, 2] from one to the other)] of procedural rooms."""
@@ -668,9 +673,7 @@ def command_match(args):
             found.setdefault(name, []).append(match(reader, small, flow, images[1].size, upsample))
             if picture is None and upsample == args.upsample:
                 picture = match_picture(images, found[name][0], output(args, ".png"))
-    rows = {name: {"matches": str(sum(len(matches.a) for matches in each)), **correct(each)}
-            for name, each in found.items()}
-    report(args, look, rows, picture)
+    report(args, look, {name: correct(matches) for name, matches in found.items()}, picture)
 
 def read_pairs(args):
     """[[path a, path b, perhaps that of a flow map]] of --pair, and of the lines of the file --pairs."""
@@ -705,9 +708,10 @@ def command_spectrum(args):
     images = some_images(args, look)["image"]
     panels, curves, rows = {}, {}, {}
     for first in tqdm(look.readers, "spectrum", leave=False):
-        readers, panel = [first], panels.setdefault(f"variance explained: {first.name}", {})
+        readers = [first]
         if look.model and first.name in look.model.projectors:
             readers.append(student_reader(look.model, first.name))
+        panel = panels[f"variance explained: {first.name}"] = {}
         for reader in readers:
             x = explained(reader(images)["patch"])
             needed = {f"{percent} % of variance": str(1 + int((x < percent / 100).sum())) for percent in (50, 90, 99)}
@@ -725,7 +729,7 @@ def explained(features):
 def command_alignment(args):
     lines = read_log(args.run) if args.run else []
     names = teachers_of(lines)
-    losses = np.array([[number(line, t, "loss") for t in names] for line in lines]).reshape(len(lines), len(names))
+    losses = np.array([[number(line, t, "loss") for t in names] for line in lines], ndmin=2)
     changes = np.diff(losses, axis=0)
     changes = changes[np.isfinite(changes).all(1)]
     if len(names) < 2 or len(changes) < 4:
@@ -1323,15 +1327,15 @@ def teacher_reader(name, teacher, patch):
 def subject(args):
     """What a command looks at: .model (a student or None), .teachers {name: FrozenTeacher}, .readers of both, .size and
     .patch (pixels), .grid (tokens), .device. Without --teacher: all of the student's; none if there is --through."""
-    model, weights, size, through = None, {}, 336, getattr(args, "through", None)
+    model, weights, size = None, {}, 336
+    through = getattr(args, "through", None)
     path = f"{args.run}/checkpoint.pt" if args.run else args.checkpoint
     if path:
         path = dune.fetch(dune.PUBLISHED.format(path)) if path in dune.PUBLISHED_NAMES else path
         file = dune.read_checkpoint(path)
         model = dune.model_from(file, path).to(args.device)
         size = model.encoder.grid * model.encoder.patch_size
-        stored = dune.entry(file, "weights", dict, path, {})
-        weights = {t: dune.entry(stored, t, str, path) for t in stored}
+        weights = dict(dune.entry(file, "weights", dict, path, {}))
     if any("=" not in item for item in args.weights):
         raise Oops("--weights: write TEACHER=FILE")
     weights.update(item.split("=", 1) for item in args.weights)
@@ -1341,7 +1345,7 @@ def subject(args):
                    "--teacher NAME, or both")
     teachers = {}
     for t in names:
-        teachers[t] = zoo.load_teacher(t, weights.get(t), args.device)
+        teachers[t] = zoo.load_teacher(t, dune.entry(weights, t, str, path, None), args.device)
         norm = model.teacher_norms[t].normalizers["patch"] if model and t in model.projectors else None
         if norm and len(norm.mean) != teachers[t].dim:
             raise Oops(f"{weights.get(t, t)} has features of {teachers[t].dim} channels; the student learned from a "
