@@ -441,7 +441,8 @@ def labelled_images(args, folders, clean):
             resized.append(path)
             print(f"warning: {sizes}: such targets are resized", file=sys.stderr)
         target = clean(nearest_size(target, (height, width)), path)
-        return image, target, windows(width, height, args.sliding, image)
+        boxes = windows(width, height, image) if args.sliding else [data.whole(width, height)]
+        return image, target, boxes
     return list(read_ahead(item, [find_pairs(folder, folders) for folder in (args.train, args.test)]))
 
 def dense(args, look, train, test, outputs, bins, loss_of):
@@ -480,17 +481,15 @@ def dense(args, look, train, test, outputs, bins, loss_of):
                 seen[y0:y1, x0:x1] += 1
             yield reader.name, path, target, total / seen
 
-def binned(maps, bins):
-    """Depth [b, 1, h, w] as DINOv2's linear head gives it: the mean of bins [C], metres, by weights maps [b, C, h, w]."""
-    weight = maps.relu() + 0.1
-    bins = bins.to(maps.device)[:, None, None]
-    return (weight * bins).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
+def binned(weights, bins):
+    """Depth [b, 1, h, w] as DINOv2's linear head gives it: the mean of bins [C], metres, by weights [b, C, h, w]."""
+    weights = weights.relu() + 0.1
+    bins = bins.to(weights.device)[:, None, None]
+    return (weights * bins).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
 
-def windows(width, height, sliding, path=""):
-    """Boxes that an image is seen through: the whole of it (squeezed to a square), or squares of its short side along
-    the long one that overlap by at least a third."""
-    if not sliding:
-        return [(0, 0, width, height)]
+def windows(width, height, path=""):
+    """Boxes that an image is seen through: squares of its short side along the long one that overlap by at least a
+    third."""
     side, slack = min(width, height), abs(width - height)
     n = 1 + math.ceil(slack / (side * 2 / 3))
     if n > 100:
