@@ -1766,9 +1766,7 @@ PROBED = {
     "test": option(None, "folder to test it on"),
 }
 STEPS = option(1000, "training steps of the probe", 1, 1e6)
-CLASSIFIED = {
-    **PROBED, "token": option(None, "without: the class token if there is one", choices=("cls", "patch", "both")),
-}
+TOKEN = option(None, "without: the class token if there is one", choices=("cls", "patch", "both"))
 DENSE = {
     **PROBED, "steps": STEPS,
     "sliding": option(False, "look through square windows, not at the whole image squeezed to a square"),
@@ -1788,10 +1786,10 @@ COMMANDS = {  # name: (function, its options, what it tells)
     "alignment": (command_alignment, {"run": COMMON["run"], "out": COMMON["out"]},
                   "Figure 5, from a run's log.jsonl: do the teachers' losses change together?"),
     "knn": (command_classify, {
-        **CLASSIFIED, "k": option(20, "neighbours", 1),
+        **PROBED, "token": TOKEN, "k": option(20, "neighbours", 1),
         "temperature": option(0.07, "of their votes", 0.001, 100),
     }, "A folder of images for each class: weighted k-NN as DINO does it, top-1 and top-5."),
-    "linear": (command_classify, {**CLASSIFIED, "steps": STEPS},
+    "linear": (command_classify, {**PROBED, "token": TOKEN, "steps": STEPS},
                "A folder of images for each class: linear probes, the best of five learning rates on held-out images."),
     "seg": (command_seg, {
         **DENSE, "classes": option(0, "how many; 0: as many as --train shows", high=MOST_CLASSES),
