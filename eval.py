@@ -23,6 +23,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 
@@ -55,11 +56,11 @@ def held_out_losses(model, teachers, images, grid, chunk=16, running=False):
     for t, teacher in teachers.items():
         features = joined([teacher(part, grid) for part in parts])
         norm = model.teacher_norms[t]
-        statistics = {kind: norm.statistics(kind) for kind in norm.normalizers}
-        for kind in () if running else statistics:
+        statistics = {}
+        for kind in norm.normalizers:
             tokens = features[kind].flatten(0, -2)
             std, mean = torch.std_mean(tokens, 0, correction=min(1, len(tokens) - 1))  # one image has one class token
-            statistics[kind] = mean, std.clamp(min=1e-3)
+            statistics[kind] = norm.statistics(kind) if running else (mean, std.clamp(min=1e-3))
         loss, values = dune.image_losses(joined([part[t] for part in student]), features, statistics)
         result[t] = {name: value.mean().item() for name, value in {**values, "loss": loss}.items()}
     model.train(training)
@@ -67,25 +68,24 @@ def held_out_losses(model, teachers, images, grid, chunk=16, running=False):
 
 def joined(parts):
     """The features of several batches as one: {"cls": [n, D] or None, "patch": [n, N, D]}, fp32."""
-    known = [kind for kind in ("cls", "patch") if parts[0][kind] is not None]
-    return {"cls": None, **{kind: torch.cat([part[kind].float() for part in parts]) for kind in known}}
+    return {kind: None if parts[0][kind] is None else torch.cat([part[kind].float() for part in parts])
+            for kind in ("cls", "patch")}
 
 def held_out(specs, groups, teachers, size):
-    """Images that a run is judged by: {"image": uint8 [n, 3, size, size], "group": [n], "show": a few for pictures,
-    "what": in words}. specs: as for --data; without any the groups' own that no run trains on, if they have such."""
+    """Images that a run is judged by: {"image": uint8 [n, 3, size, size], "show": which in pictures, "what": in words}.
+    specs: as for --data; without any the groups' own that no run trains on, if they have such."""
     each = 32 if size <= 128 else 8
     what = "held-out images"
     if specs:
         groups = data.parse_data(specs, teachers)
     else:
-        unseen = [[source.held_out(each) for source in group.sources] for group in groups]
-        seen = any(source in group.sources for group, sources in zip(groups, unseen) for source in sources)
+        unseen = [replace(group, sources=[source.held_out(each) for source in group.sources]) for group in groups]
+        seen = any(set(old.sources) & set(new.sources) for old, new in zip(groups, unseen))
         what = "training images (held-out ones: --val)" if seen else "held-out scenes"
-        groups = [replace(group, sources=sources) for group, sources in zip(groups, unseen)]
+        groups = unseen
     n = min(each, *(group.count for group in groups))
     batch = next(data.batches(groups, size, n * len(groups), workers=0, train=False))
-    show = list(range(min(6, len(batch["image"]))))
-    return {"image": batch["image"], "group": batch["group"], "show": show, "what": what}
+    return {"image": batch["image"], "show": slice(6), "what": what}
 
 def command_loss(args):
     look = subject(args)
@@ -110,17 +110,18 @@ PROBE_SEEDS, UNSEEN_SEEDS, ROOM_SEEDS = 5 * 10**8, data.TEST_SCENES + 10**8, 2 *
 
 def command_study(args):
     look = subject(args)
-    readers = [teacher_reader(t, teacher, look.patch) for t, teacher in look.teachers.items()]
+    readers = look.readers
     if look.model:
+        encoder, *bare = readers
         blank = random_encoder(look, args.seed)
-        readers.insert(0, Reader("random encoder", blank, look.patch, [blank]))
-        readers += student_readers(look.model, ["encoder", *look.model.projectors])
+        through = [student_reader(look.model, t) for t in look.model.projectors]
+        readers = [Reader("random encoder", blank, look.patch, [blank]), *bare, encoder, *through]
     values, pictures = {reader.name: [] for reader in readers}, []
     for seed in range(args.seed, args.seed + args.seeds):
         scenes = study_scenes(seed, look, **STUDY)
         for reader in tqdm(readers, f"study, seed {seed}", leave=False):
-            said = {}
-            values[reader.name].append(study_row(reader, scenes, look.grid, seed, said=said))
+            row, said = study_row(reader, scenes, look.grid, seed, PROBE_STEPS)
+            values[reader.name].append(row)
             if reader.name == "encoder" and seed == args.seed:
                 pictures.append(study_picture(output(args, ".png"), scenes, said, look.grid))
     mean, spread = mean_and_spread(values)
@@ -128,7 +129,12 @@ def command_study(args):
     print(f"linear probes on frozen features, mean ± spread of {args.seeds} seeds, in %; "
           "depth RMSE in m, normals in degrees, joints 3D in cm")
     table({name: {"M params": parameters[name] / 1e6, **row} for name, row in mean.items()}, spread=spread)
-    ratios = beside_own_teachers(mean, look) if look.model else {}
+    ratios = {"encoder": {}, "through its projector": {}, "best other teacher": {}} if look.model else {}
+    for column, own, beside in beside_own_teachers(mean, look.teachers):
+        if f"through {own}" in beside:
+            ratios["encoder"][column] = beside["encoder"]
+            ratios["through its projector"][column] = beside[f"through {own}"]
+            ratios["best other teacher"][column] = max((beside[t] for t in look.teachers if t != own), default=math.nan)
     if any(ratios.values()):
         print("\nbeside the teacher whose job it is (1: equal, more is better)")
         table(ratios)
@@ -136,26 +142,17 @@ def command_study(args):
     path = write_json(args, {**content, "mean": mean, "spread": spread, "ratios": ratios})
     print("wrote", ", ".join([path, *pictures]))
 
-def owner(column, teachers):
-    """The teacher whose job a column is, or None."""
-    return next((t for t in teachers if zoo.TEACHERS[t].domain == COLUMNS[column][0]), None)
-
-def ratio(column, value, reference):
-    """How good a value is beside the reference: 1 is equal, more is better."""
-    more, less = (value, reference) if COLUMNS[column][1] else (reference, value)
-    return more / max(less, 1e-9)
-
-def beside_own_teachers(mean, look):
-    """{row: {column: ratio}}: the student, and the best of the other teachers, beside each column's own teacher."""
-    ratios = {"encoder": {}, "through its projector": {}, "best other teacher": {}}
-    for column in COLUMNS:
-        own = owner(column, look.teachers)
-        if own in look.model.projectors:
-            beside = {name: ratio(column, row[column], mean[own][column]) for name, row in mean.items()}
-            ratios["encoder"][column] = beside["encoder"]
-            ratios["through its projector"][column] = beside[f"through {own}"]
-            ratios["best other teacher"][column] = max((beside[t] for t in look.teachers if t != own), default=math.nan)
-    return ratios
+def beside_own_teachers(mean, teachers):
+    """(column, the teacher whose job it is, {row of mean: how good it is beside that teacher}) of each column that is
+    some teacher's job; 1 is equal, more is better."""
+    for column, (domain, more) in COLUMNS.items():
+        own = next((t for t in teachers if zoo.TEACHERS[t].domain == domain), None)
+        if own:
+            beside = {}
+            for name, row in mean.items():
+                above, below = (row, mean[own]) if more else (mean[own], row)
+                beside[name] = above[column] / max(below[column], 1e-9)
+            yield column, own, beside
 
 def study_scenes(seed, look, train, test, pairs):
     """What study_row needs: {domain: (train images, their targets in chunks, test images, their targets)}; "own": which
@@ -182,13 +179,13 @@ def chunks(values):
     """{name: [n, ...]} in parts of CHUNK."""
     return [dict(zip(values, part)) for part in zip(*(x.split(CHUNK) for x in values.values()))]
 
-def study_row(reader, scenes, grid, seed, steps=None, said=None):
-    """{column: value}: probes of one frozen encoder on all domains, each trained for `steps`. said: a dictionary that
-    takes what each domain's probe says of the test images."""
-    row, steps = {}, steps or PROBE_STEPS
+def study_row(reader, scenes, grid, seed, steps):
+    """({column: value}, {domain: what its probe says of the test images}): probes of one frozen encoder on all domains,
+    each trained for `steps`."""
+    row, said = {}, {}
     for domain in data.SCENES:
         train, targets, test, truth = scenes[domain]
-        x, y = (joined([reader(part) for part in images.split(100)]) for images in (train, test))
+        x, y = reader(train), reader(test)
         if x["cls"] is None:
             x["cls"], y["cls"] = x["patch"].mean(1), y["patch"].mean(1)
         if domain == "objects":
@@ -196,32 +193,25 @@ def study_row(reader, scenes, grid, seed, steps=None, said=None):
             row["k-NN"] = top(knn(x["cls"], labels, y["cls"], len(data.KINDS)), truth["kind"])["top-1"]
         scale = {kind: moments(x[kind]) for kind in x}
         x, y = ({kind: (z[kind] - mean) / std for kind, (mean, std) in scale.items()} for z in (x, y))
+        parts = list(zip(chunks(x), targets))
         torch.manual_seed(seed)
-        probe = trained_probe(zoo.PROBES[domain](x["patch"].shape[-1], grid), x, targets, steps)
+        probe = zoo.PROBES[domain](x["patch"].shape[-1], grid).to(x["patch"].device)
+
+        def loss(step):
+            part, labels = parts[step % len(parts)]
+            return probe.loss(probe(part), labels)
+        zoo.fit(list(probe.parameters()), loss, steps, 1e-1)
         with torch.no_grad():
-            out = probe(y)
-        row.update(probe.metrics(out, truth))
-        if said is not None:
-            said[domain] = out
+            said[domain] = probe(y)
+        row.update(probe.metrics(said[domain], truth))
         if domain == "rooms":
             views = x["patch"].unflatten(0, (-1, 2))
             describes = with_descriptor(reader, views, *scenes["own"], *scale["patch"], steps)
-    found = [match(describes, images, flow, images.shape[-2:]) for images, flow in scenes["pairs"]]
-    # Of all patches that both views see: of the matches alone, an encoder that finds few would look good. 10 % of the
-    # side is less than a patch.
-    row["matching"] = correct(found, shares=(0.1,))["found"]
-    return {column: row[column] for column in COLUMNS}
-
-def trained_probe(probe, features, targets, steps):
-    """A zoo.Probe that has learned the targets, in chunks, from features {"cls": [n, D], "patch": [n, N, D]}."""
-    pairs = list(zip(chunks(features), targets))
-    probe.to(features["patch"].device)
-
-    def loss(step):
-        part, truth = pairs[step % len(pairs)]
-        return probe.loss(probe(part), truth)
-    zoo.fit(list(probe.parameters()), loss, steps, 1e-1)
-    return probe
+            found = [match(describes, images, flow, images.shape[-2:]) for images, flow in scenes["pairs"]]
+            # Of all patches that both views see: of the matches alone, an encoder that finds few would look good. 10 %
+            # of the side is less than a patch.
+            row["matching"] = correct(found, shares=(0.1,))["found"]
+    return row, said
 
 def with_descriptor(reader, views, own, seen, mean, std, steps):
     """The reader with a linear layer behind it that has learned which patches of two views are of one place.
@@ -258,17 +248,27 @@ def command_ablate(args):
     if args.quick:  # the paper's choice, and one thing changed
         configs = [config for config in configs if sum(config[factor] != PAPERS[factor] for factor in FACTORS) <= 1]
         steps = max(1, steps // 2)
-    runs, values, judge = [], {}, None
+    runs, values = [], {}
     jobs = list(itertools.product(configs, range(args.seed, args.seed + args.seeds)))
     for config, seed in tqdm(jobs, "ablate", leave=False):
         name = " ".join(map(str, config.values()))
         folder = f"{output(args, '')}/{name.replace(' ', '-')}-seed{seed}-steps{steps}"
         rate = train_tiny(folder, config, seed, steps, args.device)
-        look = subject(argparse.Namespace(run=folder, teacher=[], weights=[], image_size=0, device=args.device))
-        judge = judge or ablation_judge(look)
-        row, details = judge(look.model)
-        values.setdefault(name, []).append({**row, "images/s": rate})
-        runs.append({**config, "seed": seed, "steps": steps, "images/s": rate, **row, **details})
+        run = argparse.Namespace(run=folder, teacher=[], weights=[], image_size=0, device=args.device, data=[])
+        look = subject(run)
+        encoder, *bare = look.readers
+        if not runs:  # what all runs are judged by
+            images = some_images(run, look)["image"]
+            scenes = study_scenes(0, look, train=540, test=240, pairs=20)
+            own = {reader.name: study_row(reader, scenes, look.grid, 0, 200)[0] for reader in bare}
+        parts = held_out_losses(look.model, look.teachers, images, look.grid)
+        losses = {t: parts[t]["loss"] for t in parts}
+        probes, _ = study_row(encoder, scenes, look.grid, 0, 200)
+        ratios = [beside["encoder"] for *_, beside in beside_own_teachers({**own, "encoder": probes}, own)]
+        row = {"loss": np.mean(list(losses.values())).item(), "imbalance": max(losses.values()) - min(losses.values()),
+               "study": np.mean(ratios).item(), "images/s": rate}
+        values.setdefault(name, []).append(row)
+        runs.append({**config, "seed": seed, "steps": steps, **row, "losses": losses, "probes": probes})
         path = write_json(args, {"runs": runs})  # at once: half an hour may be interrupted
     print(f"{len(runs)} runs of {steps} steps, mean ± spread of {args.seeds} seeds; loss: held-out, mean over all;\n"
           "imbalance: largest - smallest teacher's; study: encoder's probes / own teacher's, mean over columns")
@@ -288,55 +288,38 @@ def train_tiny(folder, config, seed, steps, device):
         raise Oops(f"train.py failed for {folder}: {(result.stderr.strip().splitlines() or ['?'])[-1]}")
     return float(np.median([number(line, "images_per_s") for line in read_log(folder)][1:] or [math.nan]))
 
-def ablation_judge(look):
-    """judge(model) -> {measure: value}, details; the scenes are drawn and the teachers probed once for all models."""
-    scenes = study_scenes(0, look, train=540, test=240, pairs=20)
-
-    def probes(reader):
-        return study_row(reader, scenes, look.grid, 0, steps=200)
-    own = {t: probes(teacher_reader(t, teacher, look.patch)) for t, teacher in look.teachers.items()}
-    held = held_out([], data.parse_data([], look.rows), look.rows, look.size)["image"]
-
-    def judge(model):
-        losses = {t: parts["loss"] for t, parts in held_out_losses(model, look.teachers, held, look.grid).items()}
-        found = probes(student_readers(model, ["encoder"])[0])
-        ratios = [ratio(column, value, own[owner(column, own)][column]) for column, value in found.items()]
-        row = {"loss": np.mean(list(losses.values())).item(), "imbalance": max(losses.values()) - min(losses.values()),
-               "study": np.mean(ratios).item()}
-        return row, {"losses": losses, "probes": found}
-    return judge
-
 # ---- Folders of images -----------------------------------------------------------------------------------------------
 
 def extract(reader, samples, size, dense, batch=32):
     """Frozen features of images, fp16: [n, 1 + N, D], the class token (zeros if there is none) before the patch tokens;
-    dense=False: [n, 2, D], the class token and the mean patch. A memory map of a file in the cache folder.
+    dense=False: [n, 2, D], the class token and the mean patch. They stay in a file in the cache folder.
 
     samples: (path, box (x0, y0, x1, y1) in pixels or None for the centre square), resized to size x size. The file's
     name is a hash of the weights, of each image's path, size and time of change, of the boxes and of the image size.
     """
-    stamps = {path: [os.path.realpath(path), *data.stamp(path)] for path, _ in samples}
-    what = [reader.name, reader.key, size, dense, [[*stamps[path], box] for path, box in samples]]
-    path = f"{data.cache_folder()}/features/{hashlib.sha1(json.dumps(what).encode()).hexdigest()}.npy"
-    if os.path.exists(path):
-        return np.load(path, mmap_mode="r")
+    stamps = [[os.path.realpath(path), *data.stamp(path), box] for path, box in samples]
+    what = json.dumps([reader.name, reader.key, size, dense, stamps])
+    path = f"{data.cache_folder()}/features/{hashlib.sha1(what.encode()).hexdigest()}.npy"
 
     def load(sample):
         image = data.load_image(sample[0])
         return data.crop_resize(image, sample[1] or data.centre(*image.size), size, size)
-    parts = [samples[i:i + batch] for i in range(0, len(samples), batch)]
-    with dune.writing(path) as file, tqdm(total=len(samples), desc=f"features of {reader.name}", leave=False) as bar:
-        for images in read_ahead(load, parts):
-            x = reader(torch.stack(images))
-            rest = x["patch"] if dense else x["patch"].mean(1, keepdim=True)
-            cls = torch.zeros_like(rest[:, :1]) if x["cls"] is None else x["cls"][:, None]
-            x = torch.cat([cls, rest], 1).clamp(-65504, 65504).half().cpu().numpy()
-            if bar.n == 0:
-                head = {"descr": "<f2", "fortran_order": False, "shape": (len(samples), *x.shape[1:])}
-                np.lib.format.write_array_header_1_0(file, head)
-            file.write(x.tobytes())
-            bar.update(len(x))
-    return np.load(path, mmap_mode="r")
+    if not os.path.exists(path):
+        parts = [samples[i:i + batch] for i in range(0, len(samples), batch)]
+        bar = tqdm(read_ahead(load, parts), f"features of {reader.name}", len(parts), leave=False)
+        with dune.writing(path) as file:
+            for images in bar:
+                x = reader(torch.stack(images))
+                rest = x["patch"] if dense else x["patch"].mean(1, keepdim=True)
+                cls = torch.zeros_like(rest[:, :1]) if x["cls"] is None else x["cls"][:, None]
+                x = torch.cat([cls, rest], 1).clamp(-65504, 65504).half().cpu().numpy()
+                if file.tell() == 0:
+                    head = {"descr": "<f2", "fortran_order": False, "shape": (len(samples), *x.shape[1:])}
+                    np.lib.format.write_array_header_1_0(file, head)
+                file.write(x.tobytes())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, that nobody may write there
+        return torch.from_numpy(np.load(path, mmap_mode="r"))
 
 def read_ahead(read, batches):
     """[read(item) of a batch] for each batch, by threads, the next batch while this one is in use."""
@@ -350,7 +333,6 @@ def read_ahead(read, batches):
 def moments(x):
     """Mean and std per channel of features [..., D] (of a sample of them, if there are very many)."""
     x = x[::max(1, len(x) // 2000)]
-    x = x if torch.is_tensor(x) else torch.from_numpy(np.array(x))
     std, mean = torch.std_mean(x.float().flatten(0, -2), 0, correction=0)
     return mean, std + 1e-6
 
@@ -366,17 +348,17 @@ def listing(folder, suffixes=""):
 def command_classify(args):
     train, labels, names = class_folders(args.train)
     test, truth, _ = class_folders(args.test, names)
-    look = subject(args, every_teacher=False)
+    look = subject(args)
     labels, truth = labels.to(look.device), truth.to(look.device)
     rows = {}
     for reader in look.readers:
-        has_cls = reader(torch.zeros(1, 3, look.size, look.size, dtype=torch.uint8))["cls"] is not None
+        x, y = (extract(reader, samples, look.size, dense=False) for samples in (train, test))
+        has_cls = bool(x[0, 0].any())
         token = args.token or ("cls" if has_cls else "patch")
         if token != "patch" and not has_cls:
             raise Oops(f"{reader.name} has no class token: take --token patch")
         columns = {"cls": slice(0, 1), "patch": slice(1, 2), "both": slice(0, 2)}[token]
-        x, y = (extract(reader, [(path, None) for path in paths], look.size, dense=False) for paths in (train, test))
-        x, y = (torch.from_numpy(np.array(z[:, columns])).float().flatten(1).to(look.device) for z in (x, y))
+        x, y = (z[:, columns].float().flatten(1).to(look.device) for z in (x, y))
         if args.command == "knn":
             rows[reader.name] = top(knn(x, labels, y, len(names), args.k, args.temperature), truth)
         else:
@@ -420,75 +402,74 @@ def linear_probe(x, labels, y, classes, steps, seed, rates=(1e-4, 3e-4, 1e-3, 3e
         return heads[best](y), rates[best]
 
 def class_folders(path, names=None):
-    """(paths, labels [n], class names) of a folder with one folder of images for each class; names: those allowed."""
-    found = [f for f in listing(path) if os.path.isdir(os.path.join(path, f))]
-    for name in set(found) - set(names or found):
-        raise Oops(f"{path}: the class {name} is not among those of --train")
-    if len(found) < (1 if names else 2):
+    """([(path, None)] for extract, labels [n], class names) of a folder with one folder of images for each class;
+    names: those allowed."""
+    classes = {name: listing(os.path.join(path, name), data.SUFFIXES)
+               for name in listing(path) if os.path.isdir(os.path.join(path, name))}
+    if len(classes) < (1 if names else 2):
         raise Oops(f"{path} must hold a folder for each of at least two classes")
-    paths, labels, names = [], [], names or found
-    for name in found:
-        images = [os.path.join(path, name, f) for f in listing(os.path.join(path, name), data.SUFFIXES)]
+    names = names or list(classes)
+    samples, labels = [], []
+    for name, images in classes.items():
+        if name not in names:
+            raise Oops(f"{path}: the class {name} is not among those of --train")
         if not images:
             raise Oops(f"the class {path}/{name} is empty: add images ({' '.join(data.SUFFIXES)}) or remove the folder")
-        paths += images
+        samples += [(os.path.join(path, name, image), None) for image in images]
         labels += [names.index(name)] * len(images)
-    return paths, torch.tensor(labels), names
+    return samples, torch.tensor(labels), names
 
 # ---- Dense: segmentation, depth --------------------------------------------------------------------------------------
 
-class DenseHead(nn.Module):
-    """One linear layer on standardised patch tokens [b, N, D] -> maps [b, C, h, w]: class logits, or with bins (their
-    centres) depth in metres, the mean of the bins under the layer's weights, as DINOv2's linear depth head."""
-
-    def __init__(self, features, outputs, bins=None):
-        super().__init__()
-        mean, std = moments(features[:, 1:])
-        self.linear = nn.Linear(len(mean), outputs)
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std)
-        self.register_buffer("bins", bins)
-
-    def forward(self, tokens, size):
-        side = math.isqrt(tokens.shape[1])
-        maps = self.linear((tokens - self.mean) / self.std).mT.unflatten(2, (side, side))
-        if self.bins is not None:
-            weight = maps.relu() + 0.1
-            maps = (weight * self.bins[:, None, None]).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
-        return F.interpolate(maps, size, mode="bilinear")
-
-def labelled_images(args, folders, read):
+def labelled_images(args, folders, clean):
     """For --train and for --test: [(path, target [H, W], boxes (x0, y0, x1, y1) that the image is seen through)].
 
-    folders: what that of the targets may be called; read(image path, target path) -> [H, W].
+    folders: what that of the targets may be called; clean(target fp64 [H, W], its path) -> what is learned. A target of
+    another size than its image, but of the same shape, is resized (nearest) with one warning for all.
     """
+    resized = []
+
     def item(pair):
-        target = read(*pair)
-        return pair[0], target, windows(*target.shape[::-1], args.sliding, pair[0])
+        image, path = pair
+        width, height = data.load_image(image).size
+        target = torch.from_numpy(read_array(path).astype(np.float64))
+        h, w = target.shape
+        sizes = f"{path} is {w}x{h}, its image {width}x{height}"
+        if abs(math.log(w * height / (h * width))) > 0.03:
+            raise Oops(f"{sizes}: of another shape, so not of this image")
+        if (h, w) != (height, width) and not resized:
+            resized.append(path)
+            print(f"warning: {sizes}: such targets are resized", file=sys.stderr)
+        target = clean(nearest_size(target, (height, width)), path)
+        boxes = windows(width, height, image) if args.sliding else [data.whole(width, height)]
+        return image, target, boxes
     return list(read_ahead(item, [find_pairs(folder, folders) for folder in (args.train, args.test)]))
 
 def dense(args, look, train, test, outputs, bins, loss_of):
-    """The common part of seg and depth: trains a head on each reader's features of `train` and yields (reader's name,
-    path, target [H, W], maps [C, H, W]) of each image of `test`.
+    """The common part of seg and depth: trains a linear layer on each reader's standardised patch tokens of `train` and
+    yields (reader's name, path, target [H, W], maps [C, H, W]) of each image of `test`.
 
-    outputs, bins: see DenseHead; loss_of(maps [b, C, h, w], targets [b, h, w]).
+    outputs, bins: so many classes and None, or see binned(); loss_of(maps [b, C, h, w], targets [b, h, w]).
     """
+    side = 4 * look.grid[0]
+    targets = torch.stack([nearest_size(target[y0:y1, x0:x1], (side, side))
+                           for _, target, boxes in train for x0, y0, x1, y1 in boxes])
     for reader in look.readers:
-        side = 4 * look.size // reader.patch_size
-        small = torch.stack([nearest_size(target[y0:y1, x0:x1], (side, side))
-                             for _, target, boxes in train for x0, y0, x1, y1 in boxes])
         x, y = (extract(reader, [(path, box) for path, _, boxes in part for box in boxes], look.size, dense=True)
                 for part in (train, test))
         torch.manual_seed(args.seed)
-        head = DenseHead(x, outputs, bins).to(look.device)
+        mean, std = (value.to(look.device) for value in moments(x[:, 1:]))
+        layer = nn.Linear(len(mean), outputs).to(look.device)
 
         def maps_of(features, size):
-            return head(torch.from_numpy(np.array(features[:, 1:])).float().to(look.device), size)
+            tokens = features[:, 1:].float().to(look.device)
+            maps = layer((tokens - mean) / std).mT.unflatten(2, look.grid)
+            return F.interpolate(maps if bins is None else binned(maps, bins), size, mode="bilinear")
 
         def loss(step):
-            rows = torch.randperm(len(small))[:16].sort().values
-            return loss_of(maps_of(x[rows.numpy()], (side, side)), small[rows].to(look.device))
-        zoo.fit(list(head.parameters()), loss, args.steps, 3e-3, what=f"{args.command} head on {reader.name}")
+            rows = torch.randperm(len(targets))[:16].sort().values
+            return loss_of(maps_of(x[rows], (side, side)), targets[rows].to(look.device))
+        zoo.fit(list(layer.parameters()), loss, args.steps, 3e-3, what=f"{args.command} head on {reader.name}")
         rows = iter(y)
         for path, target, boxes in tqdm(test, f"{args.command}, {reader.name}", unit=" images", leave=False):
             total, seen = 0, torch.zeros(target.shape)
@@ -500,11 +481,15 @@ def dense(args, look, train, test, outputs, bins, loss_of):
                 seen[y0:y1, x0:x1] += 1
             yield reader.name, path, target, total / seen
 
-def windows(width, height, sliding, path=""):
-    """Boxes that an image is seen through: the whole of it (squeezed to a square), or squares of its short side along
-    the long one that overlap by at least a third."""
-    if not sliding:
-        return [(0, 0, width, height)]
+def binned(weights, bins):
+    """Depth [b, 1, h, w] as DINOv2's linear head gives it: the mean of bins [C], metres, by weights [b, C, h, w]."""
+    weights = weights.relu() + 0.1
+    bins = bins.to(weights.device)[:, None, None]
+    return (weights * bins).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
+
+def windows(width, height, path=""):
+    """Boxes that an image is seen through: squares of its short side along the long one that overlap by at least a
+    third."""
     side, slack = min(width, height), abs(width - height)
     n = 1 + math.ceil(slack / (side * 2 / 3))
     if n > 100:
@@ -517,9 +502,9 @@ def find_pairs(folder, names):
     at = os.path.abspath(folder or "")
     if "images" in listing(folder):
         at = os.path.join(at, "images")
-    head, found, tail = at.rpartition(f"{os.sep}images")
-    places = [f"{head}{os.sep}{name}{tail}" for name in names if os.path.isdir(f"{head}{os.sep}{name}{tail}")]
-    if not found or not places:
+    head, _, tail = at.rpartition(f"{os.sep}images")
+    places = [place for name in names if os.path.isdir(place := f"{head}{os.sep}{name}{tail}")]
+    if not places:
         raise Oops(f"{folder}: expected the folders images/ and {' or '.join(f'{name}/' for name in names)} in it")
     images, targets = ({os.path.splitext(f)[0]: os.path.join(place, f) for f in listing(place, suffixes)}
                        for place, suffixes in ((at, data.SUFFIXES), (places[0], (".png", ".npy"))))
@@ -529,28 +514,11 @@ def find_pairs(folder, names):
         raise Oops(f"{at} holds {len(images)} images, {places[0]} {len(targets)} targets; {what}")
     return [(images[stem], targets[stem]) for stem in sorted(images)]
 
-def read_target(image_path, path, warned):
-    """read_array(path) as a tensor [H, W], fp64, of the image's size. Another size of the same shape is resized
-    (nearest) with one warning for all, which the set `warned` remembers."""
-    width, height = data.load_image(image_path).size
-    target = torch.from_numpy(read_array(path).astype(np.float64))
-    h, w = target.shape
-    sizes = f"{path} is {w}x{h}, its image {width}x{height}"
-    if abs(math.log(w * height / (h * width))) > 0.03:
-        raise Oops(f"{sizes}: of another shape, so not of this image")
-    if (h, w) != (height, width) and not warned:
-        warned.add(path)
-        print(f"warning: {sizes}: such targets are resized", file=sys.stderr)
-    return nearest_size(target, (height, width))
-
 def nearest_size(target, size):
     return F.interpolate(target[None, None], size, mode="nearest-exact")[0, 0]
 
 def command_seg(args):
-    warned = set()
-
-    def read(image, path):
-        y = read_target(image, path, warned)
+    def clean(y, path):
         y = torch.where(torch.isin(y, torch.tensor(args.ignore, dtype=y.dtype)), -1, y)
         if not ((y == y.round()) & (y >= -1) & (y < MOST_CLASSES)).all():
             raise Oops(f"{path} holds values that are no labels: whole numbers from 0 to {MOST_CLASSES - 1}")
@@ -558,9 +526,9 @@ def command_seg(args):
 
     def loss(maps, y):
         return F.cross_entropy(maps, y.long(), ignore_index=-1, reduction="sum") / (y >= 0).sum().clamp(min=1)
-    train, test = labelled_images(args, ("masks", "annotations", "labels"), read)
+    train, test = labelled_images(args, ("masks", "annotations", "labels"), clean)
     classes = count_classes(args, train, test)
-    look = subject(args, every_teacher=False)
+    look = subject(args)
     counts, pictures = {}, {}
     for name, path, target, maps in dense(args, look, train, test, classes, None, loss):
         guess, truth = maps.argmax(0), target.long()
@@ -594,17 +562,16 @@ def class_iou(confusion):
 
 def command_depth(args):
     low, high = 1e-3, args.max_depth
-    warned = set()
 
-    def read(image, path):
-        y = read_target(image, path, warned) / (1 if path.endswith(".npy") else args.depth_scale)
+    def clean(y, path):
+        y = y / (1 if path.endswith(".npy") else args.depth_scale)
         y = torch.where(y.isfinite() & (y > low) & (y <= high), y, 0).float()
         if not y.any():
             raise Oops(f"{path} holds no depth between 0 and {high:g} m: is --depth-scale {args.depth_scale:g} "
                        "(units per metre) right, or --max-depth?")
         return y
-    train, test = labelled_images(args, ("depth", "depths"), read)
-    look = subject(args, every_teacher=False)
+    train, test = labelled_images(args, ("depth", "depths"), clean)
+    look = subject(args)
     errors, pictures = {}, {}
     for name, path, truth, maps in dense(args, look, train, test, 256, torch.linspace(low, high, 256), silog):
         errors.setdefault(name, []).append(depth_errors(maps[0], truth))
@@ -616,9 +583,8 @@ def command_depth(args):
 def silog(guess, truth):
     """Scale-invariant log loss (Eigen et al. 2014) over the measured pixels: guess [b, 1, h, w], truth [b, h, w]."""
     gap = (guess[:, 0].log() - truth.clamp(min=1e-3).log())[truth > 0]
-    if len(gap) == 0:
-        return guess.sum() * 0
-    return (gap.square().mean() - 0.5 * gap.mean().square() + 1e-8).sqrt()
+    n = max(1, len(gap))
+    return (gap.square().sum() / n - 0.5 * (gap.sum() / n).square() + 1e-8).sqrt()
 
 def depth_errors(guess, truth):
     """{"RMSE" (m), "AbsRel", "delta1" (%)} over the pixels with truth > 0."""
@@ -644,7 +610,7 @@ def match(reader, images, flow, size, upsample=1):
     for image in images:
         rows, cols = (side // reader.patch_size for side in image.shape[1:])
         x = reader(image[None])["patch"].mT.unflatten(2, (rows, cols))
-        x = F.interpolate(x, scale_factor=upsample, mode="bilinear") if upsample > 1 else x
+        x = F.interpolate(x, scale_factor=upsample, mode="bilinear")
         flat.append(F.normalize(x[0].flatten(1).T, dim=-1))
         places.append(zoo.centres(*x.shape[-2:]))
     similarity, there = (x.cpu() for x in nearest(flat[0], flat[1]))
@@ -665,23 +631,24 @@ def follow(flow, places, size):
     """Where places [m, 2] of image A lie in image B, both fractions of the sides; NaN where it is not known or outside.
 
     flow [H, W, 2]: for each pixel of A its place in B in pixels (x, y), whose centres are at integer + 0.5; NaN: not
-    known; None: nothing is. size [2] (width, height): B's.
+    known. size [2] (width, height): B's.
     """
-    if flow is None:
-        return torch.full_like(places, math.nan)
     at = places * torch.tensor(flow.shape[1::-1])
     x, y = at.long().unbind(1)
-    goal = (flow[y, x] + at - torch.stack([x, y], 1) - 0.5) / size  # a pixel's flow is that of its centre
+    goal = (flow[y, x] + at.frac() - 0.5) / size  # a pixel's flow is that of its centre
     return torch.where(((goal >= 0) & (goal < 1)).all(1, keepdim=True), goal, math.nan).float()
 
 def correct(found, shares=(0.01, 0.03, 0.05)):
-    """{"1 %": …} of [Matches]: % of the matches whose truth is known that lie within these shares of the image side;
+    """Of [Matches]: how many, and % of those whose truth is known that lie within these shares of the image side;
     "found": the last, as % of all places that could have been matched."""
     error = torch.cat([matches.error for matches in found])
     known = error[~error.isnan()]
     findable = sum(matches.findable for matches in found)
-    within = {f"{100 * s:g} %": 100 * (known <= s).float().mean().item() for s in shares if len(known)}
-    return {**within, "found": 100 * (known <= shares[-1]).sum().item() / findable} if findable else {}
+    row = {"matches": str(len(error))}
+    if findable:
+        row.update({f"{100 * s:g} %": 100 * (known <= s).float().mean().item() for s in shares if len(known)})
+        row["found"] = 100 * (known <= shares[-1]).sum().item() / findable
+    return row
 
 def room_views(start, count, size):
     """[(two views uint8 [2, 3, size, size], flow map [size, size, 2] from one to the other)] of procedural rooms."""
@@ -690,72 +657,66 @@ def room_views(start, count, size):
     return list(zip(views["image"], torch.where(seen[..., None], place, math.nan)))
 
 def command_match(args):
-    pairs = read_pairs(args)
-    look = subject(args, every_teacher=False)
-    if not pairs:
+    lines = read_pairs(args)
+    look = subject(args)
+    pairs = itertools.starmap(load_pair, lines)
+    if not lines:
         print("no --pair: matching the two views of procedural rooms")
-        for images, flow in room_views(data.TEST_SCENES, STUDY["pairs"], look.size):
-            pairs.append(([Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images], flow))
-    rows, picture = {}, None
-    for reader, upsample in itertools.product(look.readers, (1, args.upsample)):
-        name = reader.name if upsample == 1 else f"{reader.name}, {upsample}x finer"
-        found = []
-        for pair in tqdm(pairs, f"match, {name}", leave=False):
-            images, flow = load_pair(*pair) if isinstance(pair[0], str) else pair
-            small = [data.fit_image(image, look.size, reader.patch_size) for image in images]
-            found.append(match(reader, small, flow, images[1].size, upsample))
+        pairs = [([Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images], flow)
+                 for images, flow in room_views(data.TEST_SCENES, STUDY["pairs"], look.size)]
+    found, picture = {}, None
+    for images, flow in tqdm(pairs, "match", len(lines) or None, leave=False):
+        small = [data.fit_image(image, look.size, look.patch) for image in images]
+        for reader, upsample in itertools.product(look.readers, sorted({1, args.upsample})):
+            name = reader.name if upsample == 1 else f"{reader.name}, {upsample}x finer"
+            found.setdefault(name, []).append(match(reader, small, flow, images[1].size, upsample))
             if picture is None and upsample == args.upsample:
-                picture = match_picture(images, found[0], output(args, ".png"))
-        rows[name] = {"matches": str(sum(len(matches.a) for matches in found)), **correct(found)}
-    report(args, look, rows, picture)
+                picture = match_picture(images, found[name][0], output(args, ".png"))
+    report(args, look, {name: correct(matches) for name, matches in found.items()}, picture)
 
 def read_pairs(args):
-    """[[path a, path b, perhaps that of a flow map]] of --pair, or of --pairs, a file with such lines."""
-    if args.pair and args.pairs:
-        raise Oops("eval.py match takes --pair A B [FLOW.npy], or --pairs LIST with such lines, not both")
-    home, lines = os.path.dirname(args.pairs or ""), [args.pair] if args.pair else []
+    """[[path a, path b, perhaps that of a flow map]] of --pair, and of the lines of the file --pairs."""
+    pairs = [args.pair] if args.pair else []
     if args.pairs:
+        home = os.path.dirname(args.pairs)
         with open(dune.regular(args.pairs), encoding="utf-8", errors="replace") as file:
-            text = file.read()
-        lines = [line.split() for line in text.splitlines() if line.strip() and line[0] != "#"]
-        if not lines or "\0" in text:
+            lines = [line.split() for line in file if line.strip() and line[0] != "#"]
+        if not lines:
             raise Oops(f"{args.pairs} holds no pairs: --pairs wants a text file, each line: A B [FLOW.npy]")
-    for line in lines:
-        if not 2 <= len(line) <= 3:
-            raise Oops(f"a pair needs two images, and perhaps a flow map; this has {len(line)}: {' '.join(line)[:100]}")
-    return [[dune.regular(os.path.join(home, path)) for path in line] for line in lines]
+        pairs += [[os.path.join(home, path) for path in line] for line in lines]
+    for pair in pairs:
+        if not 2 <= len(pair) <= 3:
+            raise Oops(f"a pair needs two images, and perhaps a flow map; this has {len(pair)}: {' '.join(pair)[:100]}")
+    return [[dune.regular(path) for path in pair] for pair in pairs]
 
-def load_pair(a, b, flow=None):
-    """(two PIL images, flow map [H, W, 2] or None) of the paths of a pair."""
-    images = [data.load_image(path) for path in (a, b)]
-    if flow is None:
-        return images, None
-    array = read_array(flow, 3)
+def load_pair(a, b, path=None):
+    """(two PIL images, flow map [H, W, 2], all NaN if there is none) of the paths of a pair."""
+    images = [data.load_image(a), data.load_image(b)]
     shape = (images[0].height, images[0].width, 2)
-    if array.shape != shape:
-        raise Oops(f"{flow} is {list(array.shape)}, expected {list(shape)}: for each pixel of A its place in B")
-    return images, torch.from_numpy(array.astype(np.float64))
+    if path is None:
+        return images, torch.tensor(math.nan).expand(shape)
+    flow = torch.from_numpy(read_array(path, 3).astype(np.float64))
+    if flow.shape != shape:
+        raise Oops(f"{path} is {list(flow.shape)}, expected {list(shape)}: for each pixel of A its place in B")
+    return images, flow
 
 # ---- What distillation did: spectrum, alignment ----------------------------------------------------------------------
 
 def command_spectrum(args):
     look = subject(args)
     images = some_images(args, look)["image"]
-    projectors = look.model.projectors if look.model else {}
-    groups = {t: [teacher_reader(t, teacher, look.patch)] for t, teacher in look.teachers.items()}
-    for t in groups.keys() & projectors.keys():
-        groups[t] += student_readers(look.model, [t])
-    if look.model:
-        groups["the student's encoder"] = student_readers(look.model, ["encoder"])
     panels, curves, rows = {}, {}, {}
-    for title, readers in tqdm(groups.items(), "spectrum", leave=False):
+    for first in tqdm(look.readers, "spectrum", leave=False):
+        readers = [first]
+        if look.model and first.name in look.model.projectors:
+            readers.append(student_reader(look.model, first.name))
+        panel = panels[f"variance explained: {first.name}"] = {}
         for reader in readers:
-            x = explained(joined([reader(part) for part in images.split(16)])["patch"])
+            x = explained(reader(images)["patch"])
             needed = {f"{percent} % of variance": str(1 + int((x < percent / 100).sum())) for percent in (50, 90, 99)}
             rows[reader.name] = {**needed, "dimensions": str(len(x))}
             curves[reader.name] = x.tolist()
-        lines = {reader.name: (itertools.count(1), curves[reader.name]) for reader in readers}
-        panels[f"variance explained: {title}"] = lines
+            panel[reader.name] = itertools.count(1), curves[reader.name]
     report(args, look, rows, draw_curves(output(args, ".png"), panels, width=380), curves=curves)
 
 def explained(features):
@@ -767,18 +728,17 @@ def explained(features):
 def command_alignment(args):
     lines = read_log(args.run) if args.run else []
     names = teachers_of(lines)
-    losses = np.array([[number(line, t, "loss") for t in names] for line in lines]).reshape(len(lines), len(names))
+    losses = np.array([[number(line, t, "loss") for t in names] for line in lines], ndmin=2)
     changes = np.diff(losses, axis=0)
     changes = changes[np.isfinite(changes).all(1)]
     if len(names) < 2 or len(changes) < 4:
         raise Oops(f"eval.py alignment needs --run with at least two teachers and five lines of log.jsonl; {args.run} "
                    f"has {len(names)} and {len(lines)} (--log-every)")
-    window = max(8, len(changes) // 8)
-    ends = range(min(window, len(changes)), len(changes) + 1)
-    steps = [lines[end]["step"] for end in ends]
+    window = min(len(changes), max(8, len(changes) // 8))
+    steps = [line["step"] for line in lines[window:len(changes) + 1]]
     with np.errstate(invalid="ignore", divide="ignore"):  # NaN for what does not change
         whole = np.corrcoef(changes.T).tolist()
-        parts = [np.corrcoef(changes[max(0, end - window):end].T).tolist() for end in ends]
+        parts = [np.corrcoef(part).tolist() for part in np.lib.stride_tricks.sliding_window_view(changes, window, 0)]
     curves = {f"{names[j]} and {names[i]}": (steps, [part[i][j] for part in parts])
               for j, i in itertools.combinations(range(len(names)), 2)}
     table({name: dict(zip(names, row)) for name, row in zip(names, whole)}, "correlation")
@@ -1297,7 +1257,7 @@ class Reader:
         """uint8 images [B, 3, H, W] -> features, fp32, on the device of the weights: what follows is computed there."""
         device = next((p.device for module in self.modules for p in module.parameters()), torch.device("cpu"))
         with torch.autocast(device.type, torch.bfloat16, enabled=dune.fast_bf16(device)):
-            return joined([self.function(data.normalise(images.to(device)))])
+            return joined([self.function(data.normalise(part.to(device))) for part in images.split(32)])
 
     @property
     def key(self):
@@ -1307,19 +1267,18 @@ class Reader:
             sha.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
         return sha.hexdigest()
 
-def student_readers(model, names):
-    """Readers of the student's encoder (name "encoder") or through projectors (teachers' names)."""
-    def reader(t):
-        if t == "encoder":
-            return Reader(t, model.encoder, model.encoder.patch_size, [model.encoder])
-        if t not in model.projectors:
-            raise Oops(f"the student has no projector for {t}: it has {', '.join(model.projectors)}")
-        projector = model.projectors[t]
+def student_reader(model, name):
+    """The student's encoder (name "encoder"), or the student through a projector (a teacher's name)."""
+    t = dune.ALIASES.get(name, name)
+    if t == "encoder":
+        return Reader(t, model.encoder, model.encoder.patch_size, [model.encoder])
+    if t not in model.projectors:
+        raise Oops(f"the student has no projector for {t}: it has {', '.join(model.projectors)}")
+    projector = model.projectors[t]
 
-        def read(images):
-            return model.project(t, model.encoder.tokens(images, every_block=projector.reads_every_block))
-        return Reader(f"through {t}", read, model.encoder.patch_size, [model.encoder, projector])
-    return [reader(dune.ALIASES.get(name, name)) for name in names]
+    def read(images):
+        return model.project(t, model.encoder.tokens(images, every_block=projector.reads_every_block))
+    return Reader(f"through {t}", read, model.encoder.patch_size, [model.encoder, projector])
 
 def teacher_reader(name, teacher, patch):
     """A teacher on the token grid of this patch size, whatever its own is."""
@@ -1327,55 +1286,52 @@ def teacher_reader(name, teacher, patch):
         return teacher(images, (images.shape[-2] // patch, images.shape[-1] // patch))
     return Reader(name, read, patch, [teacher])
 
-def subject(args, every_teacher=True):
-    """What a command looks at: .model (a student or None), .teachers {name: FrozenTeacher}, their .rows of TEACHERS,
-    .readers of both, .size and .patch (pixels), .grid (tokens), .device. Without --teacher: all of the student's;
-    every_teacher=False: none."""
+def subject(args):
+    """What a command looks at: .model (a student or None), .teachers {name: FrozenTeacher}, .readers of both, .size and
+    .patch (pixels), .grid (tokens), .device. Without --teacher: all of the student's; none if there is --through."""
     model, weights, size = None, {}, 336
+    through = getattr(args, "through", None)
     path = f"{args.run}/checkpoint.pt" if args.run else args.checkpoint
     if path:
         path = dune.fetch(dune.PUBLISHED.format(path)) if path in dune.PUBLISHED_NAMES else path
         file = dune.read_checkpoint(path)
         model = dune.model_from(file, path).to(args.device)
         size = model.encoder.grid * model.encoder.patch_size
-        if isinstance(file.get("args"), dict):  # one of ours
-            size = dune.entry(file["args"], "image_size", int, path, size)
-        stored = dune.entry(file, "weights", dict, path, {})
-        weights = {t: dune.entry(stored, t, str, path) for t in stored}
+        weights = dict(dune.entry(file, "weights", dict, path, {}))
     if any("=" not in item for item in args.weights):
         raise Oops("--weights: write TEACHER=FILE")
     weights.update(item.split("=", 1) for item in args.weights)
-    names = args.teacher or (list(model.projectors) if model and every_teacher else [])
-    through = getattr(args, "through", [])
+    names = args.teacher or (list(model.projectors) if model and through is None else [])
     if not model and (through or not names):
         raise Oops("say what to look at: --run FOLDER or --checkpoint FILE (with --through TEACHER if you like), "
                    "--teacher NAME, or both")
-    teachers = {t: zoo.load_teacher(t, weights.get(t), args.device) for t in names}
-    for t in teachers.keys() & (model.projectors.keys() if model else ()):
-        learned = model.teacher_norms[t].normalizers["patch"].mean.numel()
-        if teachers[t].dim != learned:
+    teachers = {}
+    for t in names:
+        teachers[t] = zoo.load_teacher(t, dune.entry(weights, t, str, path, None), args.device)
+        norm = model.teacher_norms[t].normalizers["patch"] if model and t in model.projectors else None
+        if norm and len(norm.mean) != teachers[t].dim:
             raise Oops(f"{weights.get(t, t)} has features of {teachers[t].dim} channels; the student learned from a "
-                       f"{t} with {learned}: is it the right file?")
+                       f"{t} with {len(norm.mean)}: is it the right file?")
     patch = (model.encoder if model else teachers[names[0]]).patch_size
     size = args.image_size or size
     if size < patch or size % patch:
         fits = max(1, round(size / patch)) * patch
         raise Oops(f"--image-size {size} is no multiple of the patch size {patch}: take {fits}")
-    readers = student_readers(model, through or ["encoder"]) if model else []
+    readers = [student_reader(model, name) for name in through or ["encoder"]] if model else []
     readers += [teacher_reader(t, teacher, patch) for t, teacher in teachers.items()]
-    rows = {t: zoo.TEACHERS[t] for t in teachers}
-    return argparse.Namespace(model=model, teachers=teachers, rows=rows, readers=readers, size=size, patch=patch,
+    return argparse.Namespace(model=model, teachers=teachers, readers=readers, size=size, patch=patch,
                               grid=(size // patch,) * 2, device=args.device)
 
 def some_images(args, look):
     """As held_out(): --image, else some held-out images of --data or of the procedural scenes."""
     if not getattr(args, "image", ()):
-        return held_out([], data.parse_data(args.data, look.rows), look.rows, look.size)
+        rows = {t: zoo.TEACHERS[t] for t in look.teachers}
+        return held_out([], data.parse_data(args.data, rows), rows, look.size)
     pictures = [data.load_image(path) for path in args.image]
     images = [data.fit_image(picture, look.size, look.patch) for picture in pictures]
     if len({image.shape for image in images}) > 1:
         images = [data.val_transform(picture, look.size) for picture in pictures]
-    return {"image": torch.stack(images), "show": list(range(len(images)))}
+    return {"image": torch.stack(images), "show": slice(None)}
 
 # ---- Pictures --------------------------------------------------------------------------------------------------------
 
@@ -1741,14 +1697,18 @@ IMAGES = {
     "data": option([], "images, as for train.py; none: procedural scenes", metavar="TEACHER=SOURCE"),
 }
 PROBED = {
+    **COMMON,
     "through": option([], "look at the student through this projector; may be repeated; also: encoder",
                       metavar="TEACHER"),
     "train": option(None, "folder to train the probe on"),
     "test": option(None, "folder to test it on"),
 }
-TOKEN = {"token": option(None, "without: the class token if there is one", choices=("cls", "patch", "both"))}
-STEPS = {"steps": option(1000, "training steps of the probe", 1, 1e6)}
-SLIDING = {"sliding": option(False, "look through square windows, not at the whole image squeezed to a square")}
+STEPS = option(1000, "training steps of the probe", 1, 1e6)
+TOKEN = option(None, "without: the class token if there is one", choices=("cls", "patch", "both"))
+DENSE = {
+    **PROBED, "steps": STEPS,
+    "sliding": option(False, "look through square windows, not at the whole image squeezed to a square"),
+}
 COMMANDS = {  # name: (function, its options, what it tells)
     "study": (command_study, {**COMMON, "seeds": option(3, "how many", 1, 1000)},
               "Linear probes, k-NN, matching on procedural scenes."),
@@ -1764,18 +1724,17 @@ COMMANDS = {  # name: (function, its options, what it tells)
     "alignment": (command_alignment, {"run": COMMON["run"], "out": COMMON["out"]},
                   "Figure 5, from a run's log.jsonl: do the teachers' losses change together?"),
     "knn": (command_classify, {
-        **COMMON, **PROBED, **TOKEN, "k": option(20, "neighbours", 1),
+        **PROBED, "token": TOKEN, "k": option(20, "neighbours", 1),
         "temperature": option(0.07, "of their votes", 0.001, 100),
     }, "A folder of images for each class: weighted k-NN as DINO does it, top-1 and top-5."),
-    "linear": (command_classify, {**COMMON, **PROBED, **TOKEN, **STEPS},
+    "linear": (command_classify, {**PROBED, "token": TOKEN, "steps": STEPS},
                "A folder of images for each class: linear probes, the best of five learning rates on held-out images."),
     "seg": (command_seg, {
-        **COMMON, **PROBED, **STEPS, **SLIDING,
-        "classes": option(0, "how many; 0: as many as --train shows", high=MOST_CLASSES),
+        **DENSE, "classes": option(0, "how many; 0: as many as --train shows", high=MOST_CLASSES),
         "ignore": option([255], "labels that count for nothing (ADE20K: 0)", -1, kind=int, nargs="+"),
     }, "Images and index masks: a linear head on patch tokens; mIoU, IoU of each class, a picture."),
     "depth": (command_depth, {
-        **COMMON, **PROBED, **STEPS, **SLIDING, "max_depth": option(10.0, "metres", 0.01, 1000),
+        **DENSE, "max_depth": option(10.0, "metres", 0.01, 1000),
         "depth_scale": option(1000.0, "units of a depth PNG per metre", 1e-3, 1e6),
     }, "Images and depth (16-bit PNG, or .npy in metres; 0: not measured): a linear head; errors, a picture."),
     "match": (command_match, {

@@ -100,16 +100,14 @@ def test_depth_errors_by_hand_leave_out_what_was_not_measured():
     assert errors["delta1"] == pytest.approx(200 / 3)
 
 def test_depth_bins_give_their_weighted_mean():
-    features = np.random.default_rng(0).normal(size=(4, 5, 3)).astype(np.float16)
-    head = ev.DenseHead(features, 3, torch.tensor([1.0, 2.0, 6.0]))
-    nn.init.zeros_(head.linear.weight)
-    head.linear.bias.data = torch.tensor([-5.0, 0.9, 0.4])  # relu + 0.1: 0.1, 1.0, 0.5
-    assert torch.allclose(head(torch.zeros(1, 4, 3), (4, 4)), torch.full((1, 1, 4, 4), (0.1 + 2 + 3) / 1.6))
+    maps = torch.tensor([-5.0, 0.9, 0.4]).view(1, 3, 1, 1).expand(-1, -1, 4, 4)  # relu + 0.1: 0.1, 1.0, 0.5
+    depth = ev.binned(maps, torch.tensor([1.0, 2.0, 6.0]))
+    assert torch.allclose(depth, torch.full((1, 1, 4, 4), (0.1 + 2 + 3) / 1.6))
 
 def test_windows_cover_the_image_and_are_the_whole_of_a_square_one():
-    assert ev.windows(64, 64, True) == ev.windows(64, 64, False) == [(0, 0, 64, 64)]
+    assert ev.windows(64, 64) == [(0, 0, 64, 64)]
     for width, height in ((100, 41), (30, 95), (64, 65)):
-        boxes, seen = ev.windows(width, height, True), np.zeros((height, width))
+        boxes, seen = ev.windows(width, height), np.zeros((height, width))
         for x0, y0, x1, y1 in boxes:
             assert x1 - x0 == y1 - y0 == min(width, height) and x1 <= width and y1 <= height
             seen[y0:y1, x0:x1] += 1
@@ -167,7 +165,7 @@ def test_match_finds_a_shift_and_the_flow_map_judges_it():
     assert there.sum() == found.findable == 48
     assert found.error[~there].isnan().all()  # what left the image does not count
     assert (found.error[there] < 1e-6).all() and (found.similarity[there] > 0.999).all()
-    assert ev.correct([found]) == {"1 %": 100.0, "3 %": 100.0, "5 %": 100.0, "found": 100.0}
+    assert ev.correct([found]) == {"matches": str(len(found.a)), "1 %": 100, "3 %": 100, "5 %": 100, "found": 100}
     assert len(ev.match(pixels(8), images, flow, (64, 64), upsample=2).a) > 0
 
 def test_wrong_and_unknown_matches_are_told_apart():
@@ -177,8 +175,8 @@ def test_wrong_and_unknown_matches_are_told_apart():
     flow[:, :32] = math.nan
     half = ev.match(pixels(8), images, flow, (64, 64))
     assert half.findable == 32 and (half.error.isnan() == (half.a[:, 0] < 0.5)).all()
-    unknown = ev.match(pixels(8), images, None, (64, 64))
-    assert unknown.error.isnan().all() and ev.correct([unknown]) == {}
+    unknown = ev.match(pixels(8), images, torch.full_like(flow, math.nan), (64, 64))
+    assert unknown.error.isnan().all() and ev.correct([unknown]) == {"matches": str(len(unknown.a))}
 
 def test_a_flow_map_speaks_of_pixels_of_images_of_any_size():
     """B is twice as large as A: the place of each pixel of A is the middle of four of B's."""
@@ -258,33 +256,46 @@ def test_study_tells_every_encoder_apart_by_the_same_columns(tmp_path, monkeypat
 def test_readers_speak_as_the_student_does(tmp_path):
     model = make_run(tmp_path)
     x = torch.randint(0, 256, (2, 3, 112, 112), dtype=torch.uint8)
-    readers = ev.student_readers(model, [*model.projectors, "mast3r_vitlarge_16"])  # also by the published name
+    names = [*model.projectors, "mast3r_vitlarge_16"]  # also by the published name
+    readers = [ev.student_reader(model, name) for name in names]
     assert [reader.name.split()[-1] for reader in readers] == [*model.projectors, "mast3r"]
     for reader in readers:
         want = model(data.normalise(x))[reader.name.split()[-1]]
         assert torch.allclose(reader(x)["patch"], want["patch"], atol=2e-2)
         assert (reader(x)["cls"] is None) == (want["cls"] is None)
     with pytest.raises(Oops, match="no projector for dino: it has dinov2"):
-        ev.student_readers(model, ["dino"])
+        ev.student_reader(model, "dino")
 
 def test_ablation_is_one_table_of_runs(tmp_path, monkeypatch, capsys):
     """Twice the seeds of the paper's choice and of each single change; what is measured is told as mean and spread."""
-    commands = []
+    commands, looked = [], []
 
     def train(folder, config, seed, steps, device):
         commands.append((config, steps))
         return 100.0 + seed
+
+    def look(args):
+        looked.append(args.run)
+        readers = [ev.Reader(name, None, 14, []) for name in ("encoder", *zoo.SPECIALISTS)]
+        return argparse.Namespace(model=None, teachers={t: None for t in zoo.SPECIALISTS}, readers=readers, grid=(8, 8))
+
+    def probes(reader, *rest):  # the student's are 0.9 as good as each teacher's, also where less is better
+        return {c: 9.0 if (reader.name == "encoder") == more else 10.0 for c, (_, more) in ev.COLUMNS.items()}, {}
     monkeypatch.setattr(ev, "train_tiny", train)
-    monkeypatch.setattr(ev, "subject", lambda args: argparse.Namespace(model=args.run))
-    measures = {"loss": 0.5, "imbalance": 0.1, "study": 0.9}
-    monkeypatch.setattr(ev, "ablation_judge", lambda look: lambda model: (measures, {}))
+    monkeypatch.setattr(ev, "subject", look)
+    monkeypatch.setattr(ev, "some_images", lambda *args: {"image": None})
+    monkeypatch.setattr(ev, "study_scenes", lambda *args, **sizes: None)
+    monkeypatch.setattr(ev, "study_row", probes)
+    losses = dict(zip(zoo.SPECIALISTS, ({"loss": 0.5}, {"loss": 0.45}, {"loss": 0.55})))
+    monkeypatch.setattr(ev, "held_out_losses", lambda *args: losses)
     ev.main(["ablate", "--quick", "--steps", "9", "--out", "a/b"])
-    assert len(commands) == 2 * (1 + 2 + 2 + 1) and {steps for _, steps in commands} == {4}
+    assert len(commands) == len(set(looked)) == 2 * (1 + 2 + 2 + 1) and {steps for _, steps in commands} == {4}
     assert all(sum(config[f] != ev.PAPERS[f] for f in config) <= 1 for config, _ in commands)
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("tp all 0.5"))
     assert row.split()[3:] == ["0.500", "0.100", "0.900", "100.5", "±0.5"]
     with open("a/b.json") as file:
-        assert len(json.load(file)["runs"]) == 12
+        runs = json.load(file)["runs"]
+    assert len(runs) == 12 and runs[0]["losses"]["mast3r"] == 0.45 and runs[0]["probes"]["k-NN"] == 9
 
 # ---- Losses, logs, pictures ------------------------------------------------------------------------------------------
 
@@ -403,8 +414,8 @@ def test_wrong_input_is_told_in_one_line(tmp_path, teacher):
         ([*pair, "flat.npy"], "expected a place"),
         (["match", "--pairs", "short.txt"], "needs two images"),
         (["match", "--pairs", "empty.txt"], "empty.txt holds no pairs"),
-        (["match", "--pairs", "binary.txt"], "binary.txt holds no pairs"),
-        ([*pair, "--pairs", "short.txt"], "not both"),
+        (["match", "--pairs", "binary.txt"], "a pair needs two images"),
+        ([*pair, "--pairs", "short.txt"], "this has 1"),
         (["knn", "--train", "classes", "--test", "classes", "--through", "dinov2"], "say what to look at"),
         (["alignment"], "at least two teachers"),
     ):
@@ -431,9 +442,10 @@ def test_a_mask_of_another_size_is_resized_with_one_warning(tmp_path, capsys):
     for i in range(2):
         quarters = np.array([[0, 1], [2, 3]], np.uint8).repeat(12, 0).repeat(16, 1)
         picture(tmp_path / "masks" / f"{i}.png", quarters)
-    warned = set()
-    targets = [ev.read_target(*pair, warned) for pair in ev.find_pairs(str(tmp_path), ("masks",))]
-    assert targets[0].shape == (48, 64) and targets[0][::24, ::32].tolist() == [[0, 1], [2, 3]]
+    args = argparse.Namespace(train=str(tmp_path), test=str(tmp_path), sliding=False)
+    for part in ev.labelled_images(args, ("masks",), lambda target, path: target):
+        assert all(target[::24, ::32].tolist() == [[0, 1], [2, 3]] for _, target, _ in part)
+        assert all(target.shape == (48, 64) and boxes == [(0, 0, 64, 48)] for _, target, boxes in part)
     assert capsys.readouterr().err.count("resized") == 1
 
 def test_every_command_has_help_also_without_docstrings(capsys):
