@@ -159,18 +159,27 @@ def open_source(spec):
 
 def data_lines(spec):
     """The lines of a data file, without comments; [spec] if it is none: a line itself, or a list of images."""
-    if not (spec.endswith(".txt") and os.path.isfile(spec)):
+    if not is_list(spec):
         return [spec]
-    with open(spec, encoding="utf-8", errors="surrogateescape") as file:
-        lines = filter(None, (re.sub(r"(^|\s)#.*", "", line).strip() for line in file))
-        first = next(lines, "")
-        file_there = os.path.isfile(os.path.join(os.path.dirname(spec), first))  # in a list, an image has any name
-        if first.lower().endswith(SUFFIXES) or file_there and not first.endswith((".tar", ".txt")) or not first:
-            return [spec]
-        lines = [first, *lines]
-    if not "".join(lines).isprintable():
-        raise Oops(f"{spec} is neither a list of images nor a data file: it holds more than text in UTF-8")
-    return lines
+    lines = text_lines(spec, r"(^|\s)#.*")
+    first = next(lines, "")
+    file_there = os.path.isfile(os.path.join(os.path.dirname(spec), first))  # in a list, an image has any name
+    if first.lower().endswith(SUFFIXES) or file_there and not first.endswith((".tar", ".txt")) or not first:
+        return [spec]
+    return [first, *lines]
+
+def text_lines(path, comment):
+    """The lines of a text file, one by one, without comments and empty ones. Oops if one is no text."""
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        for number, line in enumerate(file, 1):
+            line = re.sub(comment, "", line).strip()
+            if not line.isprintable():
+                raise Oops(f"{path}: line {number} is no text in UTF-8 (a list of images has a path in each)")
+            if line:
+                yield line
+
+def is_list(path):
+    return path.endswith(".txt") and os.path.isfile(path)
 
 def parse_data(specs, teachers, seeds=""):
     """[Group] that `--data` describes: `teacher=source,source…`, sources for all, or a text file of such lines.
@@ -1184,33 +1193,27 @@ def cores():
 # ---- Index: twenty million paths in one file that all processes share ------------------------------------------------
 # A source is a set of containers (folders, tar archives, or a list), each with its images: (name, offset, length), both
 # 0 unless it lies in an archive. A container's path begins with the source's, an image's with its container's (in a
-# list: its folder's); the file keeps only what follows.
-
-INDEX_VERSION = 3
+# list: its folder's); the index keeps only what follows.
 
 class Index:
-    """The images of one source, as `write_index` wrote them, memory-mapped: names live in the page cache, once.
+    """The images of one source, as `write_index` saved them, memory-mapped: names live in the page cache, once.
 
-    The file: int64 [version, containers C, images N, bytes of the containers' paths], marks [C,3] (first image, stamp),
-    images [N,3] (where its name ends, offset, length), the containers' paths between zeros, all images' names.
+    containers: their paths; marks int64 [C,3]: first image, stamp; images int64 [N,3]: where its name ends, offset,
+    length; names: uint8, one behind the other.
     """
 
     def __init__(self, place, root):
         self.place = place
         self.folder = os.path.dirname(root) if is_list(root) else None
-        raw = np.memmap(dune.regular(place), np.uint8, "r")
-        version, containers, images, length = raw[:32].view(np.int64).tolist()
-        _, *tables, paths, self.names = np.split(raw, np.cumsum([32, 24 * containers, 24 * images, length]))
-        self.marks, self.images = (table.view(np.int64).reshape(-1, 3) for table in tables)
-        self.containers = [root + os.fsdecode(path) for path in paths.tobytes().split(b"\0")]
-        found = (INDEX_VERSION, len(self.marks), len(self.images), len(self.containers))
-        if found != (version, containers, images, containers) or self.images[-1:, 0].tolist() != [len(self.names)]:
-            raise ValueError("an index of another version, or cut short")
+        saved = torch.load(dune.regular(place), mmap=True, weights_only=True)
+        self.containers = [root + path for path in saved["containers"]]
+        self.marks, self.images, self.names = (saved[key].numpy() for key in ("marks", "images", "names"))
 
     def fits(self):
-        """Whether its source is as it was. Looks at folders and archives, not at single images."""
+        """Whether it is whole and its source as it was. Looks at folders and archives, not at single images."""
+        whole = self.images.shape[1] == 3 and self.images[-1, 0] == len(self.names)
         with ThreadPool(8) as pool:  # network file systems answer many at once
-            return pool.map(stamp, self.containers, chunksize=512) == self.marks[:, 1:].tolist()
+            return whole and pool.map(stamp, self.containers, chunksize=512) == self.marks[:, 1:].tolist()
 
     def find(self, i):
         """(path of image i, the archive in which it lies or None, its offset and length there)."""
@@ -1244,23 +1247,13 @@ def tar_images(path):
     return images
 
 def list_images(path):
-    """(name, 0, 0) of each line of a text file of paths. Oops if one is no text, or does not exist."""
-    names = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            name = os.fsdecode(line.strip())
-            if not name.isprintable():
-                raise Oops(f"{path}: line {number} is no path in UTF-8; a list has one a line")
-            if name and name[0] != "#":
-                names.append(name)
+    """(name, 0, 0) of each line of a text file of paths. Oops if one does not exist."""
+    names = list(text_lines(path, r"^\s*#.*"))
     missing = [name for name in names if not os.path.exists(os.path.join(os.path.dirname(path), name))]
     if missing:
         first = ", ".join(missing[:3])
         raise Oops(f"{path}: {len(missing):,} of its {len(names):,} paths do not exist, first {first}")
     return [(name, 0, 0) for name in names]
-
-def is_list(root):
-    return root.endswith(".txt") and os.path.isfile(root)
 
 def is_image(name):
     return name.lower().endswith(SUFFIXES) and name[0] != "."
@@ -1290,28 +1283,27 @@ def write_index(place, root, containers):
     """Writes and opens the index of `containers`, what `scan` gives of root. Oops if they hold no images."""
     print(f"data: indexing {root}, once", file=sys.stderr)
     begun = time.time_ns()
-    marks, images = array.array("q"), array.array("q")
-    paths, names = [], bytearray()
+    paths, marks = [], []
+    images, names = array.array("q"), bytearray()
     for container, found in containers:
         mark = stamp(container)
-        marks.append(len(images) // 3)
-        marks.extend(mark if mark[0] < begun else [0, 0])  # changed while we looked: look again next time
-        paths.append(os.fsencode(container[len(root):]))
+        if mark[0] >= begun:
+            mark = [0, 0]  # changed while we looked: look again next time
+        marks.append([len(images) // 3, *mark])
+        paths.append(container[len(root):])
         for name, offset, length in found:
             names += os.fsencode(name)
             images.extend((len(names), offset, length))
-    count = len(images) // 3
-    if not count:
+    if not images:
         raise Oops(f"{root} holds no images (no {' '.join(SUFFIXES)} in {len(paths)} folders, archives or lists)")
-    paths = b"\0".join(paths)
-    head = array.array("q", [INDEX_VERSION, len(marks) // 3, count, len(paths)])
+    images = torch.frombuffer(images, dtype=torch.int64).view(-1, 3)
+    names = torch.frombuffer(names, dtype=torch.uint8)
     mine = f"{place}.{os.urandom(6).hex()}"  # other machines may be at it too
     with dune.writing(mine) as file:
-        for part in (head, marks, images, paths, names):
-            file.write(part)
+        torch.save({"containers": paths, "marks": torch.tensor(marks), "images": images, "names": names}, file)
     os.replace(mine, place)
     seconds = (time.time_ns() - begun) / 1e9
-    print(f"data: indexed {count:,} images, {seconds:.1f} s, kept as {place}", file=sys.stderr)
+    print(f"data: indexed {len(images):,} images, {seconds:.1f} s, kept as {place}", file=sys.stderr)
     return Index(place, root)
 
 def cache_folder():
@@ -1322,25 +1314,19 @@ def open_index(root):
     """The index of a source, from beside it or from the cache folder; written if there is none that fits."""
     key = f"{os.path.basename(root)}-{hashlib.sha1(os.fsencode(root)).hexdigest()[:12]}.dune-index"
     places = [f"{root}.dune-index", os.path.join(cache_folder(), key)]
-    index = fitting_index(places, root)
-    if index:
-        return index
     lock = os.open(root, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError, ImportError):  # of this machine's processes one writes, the others wait
             import fcntl  # not on Windows
             fcntl.flock(lock, fcntl.LOCK_EX)
-        return fitting_index(places, root) or write_index(writable(places), root, scan(root))
+        for place in places:
+            with contextlib.suppress(Exception):  # none there, or damaged in whatever way
+                index = Index(place, root)
+                if index.fits():
+                    return index
+        return write_index(writable(places), root, scan(root))
     finally:
         os.close(lock)
-
-def fitting_index(places, root):
-    for place in places:
-        with contextlib.suppress(Exception):  # none there, or damaged in whatever way
-            index = Index(place, root)
-            if index.fits():
-                return index
-    return None
 
 def writable(places):
     """The first of these paths in whose folder files can be written."""
