@@ -25,6 +25,7 @@ import stat
 import sys
 import tarfile
 import time
+import timeit
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from multiprocessing.pool import ThreadPool
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, get_worker_info
 
 import dune
@@ -582,33 +583,26 @@ def contact_sheet(rows, path, columns=(), cell=None):
     rows: lists of uint8 arrays or tensors, [3,h,w] or [h,w,3]; columns: captions; cell: longest side to which each
     picture is scaled (as it is, if None). Oops if the file cannot be written.
     """
-    with dune.writing(path) as file:
-        draw_sheet(rows, columns, cell).save(file, "PNG", optimize=True)
-
-def draw_sheet(rows, columns, cell):
     def picture(x):
         x = np.asarray(x)
         image = Image.fromarray(np.ascontiguousarray(x.transpose(1, 2, 0) if x.shape[0] == 3 else x))
-        scale = cell / max(image.size) if cell else 1
-        return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+        return ImageOps.contain(image, (cell, cell)) if cell else image
 
     rows = [[picture(x) for x in row] for row in rows]
     font = ImageFont.load_default(size=14)
-    heights = [max(image.height for image in row) for row in rows]
-    widths = [max(image.width for image in column if image) for column in itertools.zip_longest(*rows)]
-    for c, text in enumerate(columns):
-        widths[c] = max(widths[c], *(math.ceil(font.getlength(line)) for line in text.split("\n")))
+    lines = "\n".join(columns).split("\n")
+    sizes = [image.size for row in rows for image in row] + [(math.ceil(font.getlength(line)), 0) for line in lines]
+    width, height = (max(sides) + GAP for sides in zip(*sizes))  # of every cell
     top = GAP + 18 * max((text.count("\n") + 1 for text in columns), default=0)
-    xs = list(itertools.accumulate((width + GAP for width in widths), initial=GAP))
-    ys = list(itertools.accumulate((height + GAP for height in heights), initial=top))
-    sheet = Image.new("RGB", (xs[-1], ys[-1]), "white")
-    for x, width, text in zip(xs, widths, columns):
-        place = (x + width / 2, top - 4)
+    sheet = Image.new("RGB", (GAP + width * max(map(len, rows)), top + height * len(rows)), "white")
+    for c, text in enumerate(columns):
+        place = (c * width + (GAP + width) / 2, top - 4)
         ImageDraw.Draw(sheet).multiline_text(place, text, "#222", font, anchor="md", align="center")
-    for y, height, row in zip(ys, heights, rows):
-        for x, width, image in zip(xs, widths, row):
-            sheet.paste(image, (x + (width - image.width) // 2, y + (height - image.height) // 2))
-    return sheet
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row):
+            sheet.paste(image, (GAP + c * width + (width - GAP - image.width) // 2, top + r * height))
+    with dune.writing(path) as file:
+        sheet.save(file, "PNG", optimize=True)
 
 def survey(source):
     """One line about a source: how many images, and from a sample their sizes and how many cannot be read."""
@@ -626,19 +620,18 @@ def survey(source):
 
 def inspect(groups, teachers, size, path):
     """Prints what the sources hold and who learns from it; writes a contact sheet of samples, a column a group."""
-    with dune.writing(path) as file:  # opened before the work: perhaps it cannot be
-        for group in groups:
-            print(group.name)
-            for source in group.sources:
-                print(f"  {source.spec} (weight {source.weight:g}): {survey(source)}")
-            for sharing in SHARING:
-                mask = teacher_mask([group], teachers, sharing)[0]
-                print(f"  --sharing {sharing}: {', '.join(itertools.compress(teachers, mask))}")
-        item = next(batches(groups, size, 8 * len(groups), workers=0))
-        seen = augment(item["image"], item["params"])
-        seen = seen * constant(IMAGENET_STD, seen.device) + constant(IMAGENET_MEAN, seen.device)
-        rows = (seen * 255).round().to(torch.uint8).split(len(groups))  # position p is of group p % G
-        draw_sheet(rows, [group.name for group in groups], min(size, 168)).save(file, "PNG")
+    dune.check_folder(os.path.dirname(path) or ".")
+    for group in groups:
+        print(group.name)
+        for source in group.sources:
+            print(f"  {source.spec} (weight {source.weight:g}): {survey(source)}")
+        for sharing in SHARING:
+            mask = teacher_mask([group], teachers, sharing)[0]
+            print(f"  --sharing {sharing}: {', '.join(itertools.compress(teachers, mask))}")
+    item = next(batches(groups, size, 8 * len(groups), workers=0))
+    rows = colour(item["image"] / 255, item["params"])
+    rows = (rows * 255).round().byte().split(len(groups))  # position p is of group p % G
+    contact_sheet(rows, path, [group.name for group in groups], min(size, 168))
     print(f"wrote {path}: samples as the networks see them")
 
 # ---- The procedural scenes -------------------------------------------------------------------------------------------
@@ -1340,8 +1333,9 @@ def writable(places):
 
 # ---- The command -----------------------------------------------------------------------------------------------------
 
-def bench(size, seconds=2.0):
+def bench(size, repeat=10):
     """Prints images/s on one core, from 500x375 JPEGs, of each stage and of all together."""
+    torch.set_num_threads(1)
     device = dune.pick_device("auto")
     rng = np.random.default_rng(0)
     files = []
@@ -1360,12 +1354,12 @@ def bench(size, seconds=2.0):
     for name, work in {
         "decode": lambda: [decode(file) for file in files],
         "decode, crop, resize to uint8 (a worker)": load,
-        "colour and normalise": lambda: augment(images, params),
-        "all of it": lambda: augment(load().to(device), params),
+        "colour and normalise": lambda: augment(images, params).mean().item(),  # waits for a GPU
+        "all of it": lambda: augment(load().to(device), params).mean().item(),
     }.items():
-        from torch.utils.benchmark import Timer  # here, for it looks for a CUDA compiler, and says so
-        timer = Timer("work()", globals={"work": work})  # waits for the GPU, and takes one thread
-        spent = timer.blocked_autorange(min_run_time=seconds).median / len(files)
+        timer = timeit.Timer(work)
+        runs, _ = timer.autorange()
+        spent = min(timer.repeat(repeat, runs)) / runs / len(files)
         print(f"{name:44}{1 / spent:9,.0f} images/s {spent * 1e3:8.2f} ms")
 
 OPTIONS = {

@@ -302,7 +302,7 @@ def test_a_wrong_line_is_told(tmp_path):
     (["--data", "sam=scenes:rooms"], "unknown teacher sam"),
     (["--teachers", "sam"], "unknown teacher sam"),
     (["--image-size", "0"], "--image-size: 0 is not between"),
-    (["--teachers", "mast3r", "--image-size", "28", "--out", "/dev/null/x.png"], "cannot write /dev/null/x.png"),
+    (["--teachers", "mast3r", "--image-size", "28", "--out", "/dev/null/x.png"], "cannot write /dev/null/"),
 ])
 def test_the_command_tells_a_mistake_in_one_line_before_the_work(arguments, words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["data.py", *arguments])
@@ -694,7 +694,7 @@ def test_contact_sheet_and_inspection(tmp_path, capsys):
     assert Image.open(tmp_path / "d.png").height > 200
 
 def test_bench_prints_every_stage(capsys):
-    data.bench(28, seconds=0)
+    data.bench(28, repeat=1)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
     assert all("images/s" in line for line in lines[1:])
