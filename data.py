@@ -10,6 +10,7 @@ Then come the procedural scenes, and the index by which a source knows its files
 
 import array
 import collections
+import colorsys
 import contextlib
 import functools
 import hashlib
@@ -278,7 +279,8 @@ MAX_PIXELS = 90_000_000  # more than this is never held in memory
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 TURN = Image.Transpose
 UPRIGHT = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE, 6: TURN.ROTATE_270,
-           7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}  # by EXIF orientation; from 5 on width and height change places
+           7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}  # by EXIF orientation
+SIDEWAYS = [UPRIGHT[orientation] for orientation in (5, 6, 7, 8)]  # width and height change places
 Image.MAX_IMAGE_PIXELS = None  # `decode` has its own limit, which knows of reduced scale
 warnings.filterwarnings("ignore", module="PIL")
 
@@ -310,28 +312,24 @@ def decode(file, size=0, crop=whole, turn=False):
     pixels = image.width * image.height
     if pixels > MAX_PIXELS * (64 if jpeg and not image.info.get("progressive") else 1):
         raise Oops(f"{image.width} x {image.height} pixels are too many")
-    orientation = 1
-    with contextlib.suppress(Exception):  # broken EXIF in a whole picture
-        orientation = image.getexif().get(0x0112)
-    turns = [UPRIGHT[orientation]] if orientation in UPRIGHT else []
-    lying = len(turns) > 0 and orientation >= 5
+    turns = []
+    with contextlib.suppress(Exception):  # no EXIF, or a broken one in a whole picture
+        turns.append(UPRIGHT[image.getexif()[0x0112]])
     if turn:
         turns.append(TURN.ROTATE_270)
-    width, height = image.size if lying == turn else image.size[::-1]
+    lying = sum(step in SIDEWAYS for step in turns) == 1
+    width, height = image.size[::-1] if lying else image.size
     box = crop(width, height)
     short = min(box[2] - box[0], box[3] - box[1])
     shrink = 1
     while jpeg and shrink < 8 and (size and short >= 4 * shrink * size or pixels > MAX_PIXELS * shrink**2):
         shrink *= 2
-    if shrink > 1:
-        image.draft(None, (image.width // shrink, image.height // shrink))
+    image.draft(None, (image.width // shrink, image.height // shrink))
     image = to_rgb(image)
     for step in turns:
         image = image.transpose(step)
-    if image.width != width:
-        box = [round(v * n / full) for v, n, full in zip(box, image.size * 2, (width, height) * 2)]
-        box = [min(v, limit) for v, limit in zip(box, (image.width - 1, image.height - 1, *image.size))]
-    return image, box
+    box = [round(v * n / full) for v, n, full in zip(box, image.size * 2, (width, height) * 2)]
+    return image, [min(v, limit) for v, limit in zip(box, (image.width - 1, image.height - 1, *image.size))]
 
 def load_image(path):
     """A picture file as upright PIL RGB image (a JPEG above 90 megapixels at reduced scale). Oops if it is none."""
@@ -491,6 +489,7 @@ def batches(groups, image_size, batch, seed=0, rank=0, world=1, start_step=0, wo
     if batch % world:
         raise Oops(f"the global batch {batch} cannot be divided among {world} processes: choose a multiple of {world}")
     orders = [Order(group, mix(seed, g), train) for g, group in enumerate(groups)]
+    asked, lost = collections.Counter(), collections.Counter()  # images by source, as each process counts them
     for group in groups:
         for source in group.sources:
             source.prepare(image_size)
@@ -503,7 +502,6 @@ def batches(groups, image_size, batch, seed=0, rank=0, world=1, start_step=0, wo
         params = torch.empty(n, len(NO_COLOUR))
         group = torch.empty(n, dtype=torch.int64)
         bad = []  # why images could not be read
-        asked, lost = [], []  # the source of each image, and of each that another replaces
         for row in range(n):
             position = step * batch + rank * n + row  # among all images ever
             draw, g = divmod(position, len(groups))
@@ -518,16 +516,18 @@ def batches(groups, image_size, batch, seed=0, rank=0, world=1, start_step=0, wo
             image[row] = pixels.flip(2) if flip else pixels
             group[row] = g
             bad += reasons
-            asked.append(source.spec)
-            if reasons:
-                lost.append(source.spec)
-        return {"image": image, "group": group, "params": params, "bad": bad, "asked": asked, "lost": lost}
+            asked[source.spec] += 1
+            lost[source.spec] += len(reasons) > 0
+        for spec, count in lost.items():
+            if count > max(10, asked[spec] / 10):
+                raise Oops(f"{spec}: {count} of {asked[spec]} images could not be read, more than one in ten; "
+                           f"the last: {bad[-1]}")
+        return {"image": image, "group": group, "params": params, "bad": bad}
 
     return stream(make, start_step, workers)
 
 def stream(make, step, workers):
     """make(step), make(step + 1), … by worker processes; begins anew where it was if one of them is killed."""
-    asked, lost = collections.Counter(), collections.Counter()  # images by source
     deaths = 0
     options = {"collate_fn": make, "pin_memory": torch.cuda.is_available()}
     if workers and CAN_FORK:
@@ -538,12 +538,6 @@ def stream(make, step, workers):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
             for item in items:
-                asked.update(item.pop("asked"))
-                lost.update(item.pop("lost"))
-                for spec, n in lost.items():
-                    if n > max(10, asked[spec] / 10):
-                        raise Oops(f"{spec}: {n} of {asked[spec]} images could not be read, more than one in ten; "
-                                   f"the last: {item['bad'][-1]}")
                 yield item
                 step += 1
                 deaths = 0
@@ -681,8 +675,7 @@ def uniform(rng, *ranges):
 
 def hsv(hue, saturation, value):
     """RGB as [3,1,1]; the hue turns once a unit."""
-    ramps = [min(max(abs((hue * 6 + k) % 6 - 3) - 1, 0), 1) for k in (0, 4, 2)]
-    return np.array([value * (1 - saturation + saturation * ramp) for ramp in ramps], np.float32).reshape(3, 1, 1)
+    return np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value), np.float32).reshape(3, 1, 1)
 
 def any_colour(rng, saturation=(0.2, 0.75), value=(0.3, 0.95)):
     return hsv(*uniform(rng, (0, 1), saturation, value))
