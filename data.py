@@ -456,9 +456,9 @@ def colour(x, params):
         factor = beside(x, params[rows, 4 + op]).view(-1, 1, 1, 1)
         if len(rows) == len(x):
             x = OPS[op](x, factor)
-            continue
-        rows = beside(x, rows)
-        x.index_copy_(0, rows, OPS[op](x.index_select(0, rows), factor))
+        else:
+            rows = beside(x, rows)
+            x.index_copy_(0, rows, OPS[op](x.index_select(0, rows), factor))
     return x
 
 def normalise(image):
@@ -1251,11 +1251,11 @@ def scan(root):
         return
     seen = set()  # links may form circles
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=leave_out):
-        info = os.stat(folder)
-        if (info.st_dev, info.st_ino) in seen:
+        real = os.path.realpath(folder)
+        if real in seen:
             subfolders.clear()
             continue
-        seen.add((info.st_dev, info.st_ino))
+        seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
         files.sort()
         yield folder, ((name, 0, 0) for name in files if is_image(name))
