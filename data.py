@@ -36,7 +36,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader, default_collate
 
 import dune
 from dune import Oops, option
@@ -494,35 +494,30 @@ def batches(groups, image_size, batch, seed=0, rank=0, world=1, start_step=0, wo
         for source in group.sources:
             source.prepare(image_size)
 
+    def draw(position):
+        """The image at this position among all images ever."""
+        n, g = divmod(position, len(groups))
+        s, i = orders[g](n)
+        source = groups[g].sources[s]
+        rng = np.random.default_rng((seed, 2, position))
+        params = draw_colour(rng, colour if train else 0)
+        flip = train and rng.random() < 0.5
+        crop = functools.partial(random_crop, rng=rng, scale=scale) if train else centre
+        picture, reasons = read_near(source, i, image_size, crop)
+        image = crop_resize(*picture, image_size, image_size)
+        asked[source.spec] += 1
+        lost[source.spec] += len(reasons) > 0
+        return {"image": image.flip(2) if flip else image, "group": g, "params": params, "bad": reasons}
+
     def make(step):
-        n = batch // world
-        image = torch.empty(n, 3, image_size, image_size, dtype=torch.uint8)
-        if get_worker_info():
-            image.share_memory_()  # written where the main process reads it: no copy, no growing heap
-        params = torch.empty(n, len(NO_COLOUR))
-        group = torch.empty(n, dtype=torch.int64)
-        bad = []  # why images could not be read
-        for row in range(n):
-            position = step * batch + rank * n + row  # among all images ever
-            draw, g = divmod(position, len(groups))
-            s, i = orders[g](draw)
-            source = groups[g].sources[s]
-            rng = np.random.default_rng((seed, 2, position))
-            params[row] = torch.from_numpy(draw_colour(rng, colour if train else 0))
-            flip = train and rng.random() < 0.5
-            crop = functools.partial(random_crop, rng=rng, scale=scale) if train else centre
-            picture, reasons = read_near(source, i, image_size, crop)
-            pixels = crop_resize(*picture, image_size, image_size)
-            image[row] = pixels.flip(2) if flip else pixels
-            group[row] = g
-            bad += reasons
-            asked[source.spec] += 1
-            lost[source.spec] += len(reasons) > 0
+        first = step * batch + rank * batch // world
+        rows = [draw(position) for position in range(first, first + batch // world)]
+        bad = list(itertools.chain.from_iterable(row.pop("bad") for row in rows))
         for spec, count in lost.items():
             if count > max(10, asked[spec] / 10):
                 raise Oops(f"{spec}: {count} of {asked[spec]} images could not be read, more than one in ten; "
                            f"the last: {bad[-1]}")
-        return {"image": image, "group": group, "params": params, "bad": bad}
+        return {**default_collate(rows), "bad": bad}
 
     return stream(make, start_step, workers)
 
@@ -1165,10 +1160,10 @@ def labelled_scenes(kind, start, count, size=112, keys=(), **options):
             scenes = list(pool.map(draw, seeds, chunksize=16))
     else:
         scenes = list(map(draw, seeds))
-    out = {key: [scene[key] for scene in scenes] for key in scenes[0]}
-    for key in {"joints2d", "joints3d", "visible"} & set(out):
-        out[key] = [np.concatenate([v, np.zeros_like(v), np.zeros_like(v)])[:3] for v in out[key]]
-    out = {key: torch.from_numpy(np.stack(values)) for key, values in out.items()}
+    for scene, key in itertools.product(scenes, {"joints2d", "joints3d", "visible"} & set(scenes[0])):
+        none = np.zeros_like(scene[key])
+        scene[key] = np.concatenate([scene[key], none, none])[:3]
+    out = default_collate(scenes)
     out["image"] = out["image"].permute(0, 3, 1, 2).contiguous()
     return out
 
