@@ -1297,14 +1297,15 @@ def open_index(root):
     places = [f"{root}.dune-index", os.path.join(cache_folder(), key)]
     lock = os.open(root, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError, ImportError):  # of this machine's processes one writes, the others wait
-            import fcntl  # not on Windows
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        for place in places:
-            with contextlib.suppress(Exception):  # none there, or damaged in whatever way
-                index = Index(place, root)
-                if index.fits():
-                    return index
+        for alone in (False, True):  # of this machine's processes all may read at once; one writes, the others wait
+            with contextlib.suppress(OSError, ImportError):
+                import fcntl  # not on Windows
+                fcntl.flock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+            for place in places:
+                with contextlib.suppress(Exception):  # none there, or damaged in whatever way
+                    index = Index(place, root)
+                    if index.fits():
+                        return index
         return write_index(writable(places), root, scan(root))
     finally:
         os.close(lock)
