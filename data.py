@@ -258,18 +258,16 @@ class Order:
         share = np.array([source.count * source.weight for source in group.sources])
         if any(source.weight != 1 for source in group.sources) or share.sum() > self.TABLE:
             share = share / share.sum() * self.TABLE
-        self.quota = np.maximum(1, np.round(share)).astype(np.int64)
-        if len(share) == 1:
-            self.quota[:] = 1
-        self.table = np.repeat(np.arange(len(share), dtype=np.int32), self.quota)
+        quota = np.maximum(1, np.round(share)).astype(np.int64) if len(share) > 1 else 1
+        self.table = np.repeat(np.arange(len(share), dtype=np.int32), quota)
         np.random.default_rng((seed, 1)).shuffle(self.table)
-        self.before = np.empty(len(self.table), np.int32)  # how often this source has come before in the table
-        self.before[np.argsort(self.table, kind="stable")] = np.concatenate([np.arange(q) for q in self.quota])
+        self.places = [np.flatnonzero(self.table == source) for source in range(len(share))]
 
     def __call__(self, n):
         turn, place = divmod(n, len(self.table))
         source = int(self.table[place])
-        draw = turn * int(self.quota[source]) + int(self.before[place])
+        places = self.places[source]
+        draw = turn * len(places) + int(np.searchsorted(places, place))
         epoch, i = divmod(draw, self.counts[source])
         return source, shuffled(i, self.counts[source], self.seed, source, epoch) if self.shuffle else i
 
@@ -1364,8 +1362,8 @@ def main(argv=None):
     args = dune.Parser(description="What do the sources hold?").add(OPTIONS).parse_args(argv)
     if args.bench:
         return bench(args.image_size)
-    lines = itertools.chain.from_iterable(map(data_lines, args.data))
-    named = [found[1] for line in lines if (found := re.match(r"([\w.-]+)=", line))]
+    lines = "\n".join(itertools.chain.from_iterable(map(data_lines, args.data)))
+    named = re.findall(r"(?m)^([\w.-]+)=", lines)
     names = args.teachers.split(",") if args.teachers else named or ["dinov2", "mast3r", "multihmr"]
     for name in names:
         if name not in TEACHERS:
