@@ -10,6 +10,7 @@ Then come the procedural scenes, and the index by which a source knows its files
 
 import array
 import collections
+import colorsys
 import contextlib
 import functools
 import hashlib
@@ -25,6 +26,7 @@ import stat
 import sys
 import tarfile
 import time
+import timeit
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -33,8 +35,8 @@ from multiprocessing.pool import ThreadPool
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
-from torch.utils.data import DataLoader, get_worker_info
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.utils.data import DataLoader, default_collate
 
 import dune
 from dune import Oops, option
@@ -159,18 +161,27 @@ def open_source(spec):
 
 def data_lines(spec):
     """The lines of a data file, without comments; [spec] if it is none: a line itself, or a list of images."""
-    if not (spec.endswith(".txt") and os.path.isfile(spec)):
+    if not is_list(spec):
         return [spec]
-    with open(spec, encoding="utf-8", errors="surrogateescape") as file:
-        lines = filter(None, (re.sub(r"(^|\s)#.*", "", line).strip() for line in file))
-        first = next(lines, "")
-        file_there = os.path.isfile(os.path.join(os.path.dirname(spec), first))  # in a list, an image has any name
-        if first.lower().endswith(SUFFIXES) or file_there and not first.endswith((".tar", ".txt")) or not first:
-            return [spec]
-        lines = [first, *lines]
-    if not "".join(lines).isprintable():
-        raise Oops(f"{spec} is neither a list of images nor a data file: it holds more than text in UTF-8")
-    return lines
+    lines = text_lines(spec, r"(^|\s)#.*")
+    first = next(lines, "")
+    file_there = os.path.isfile(os.path.join(os.path.dirname(spec), first))  # in a list, an image has any name
+    if first.lower().endswith(SUFFIXES) or file_there and not first.endswith((".tar", ".txt")) or not first:
+        return [spec]
+    return [first, *lines]
+
+def text_lines(path, comment):
+    """The lines of a text file, one by one, without comments and empty ones. Oops if one is no text."""
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        for number, line in enumerate(file, 1):
+            line = re.sub(comment, "", line).strip()
+            if not line.isprintable():
+                raise Oops(f"{path}: line {number} is no text in UTF-8 (a list of images has a path in each)")
+            if line:
+                yield line
+
+def is_list(path):
+    return path.endswith(".txt") and os.path.isfile(path)
 
 def parse_data(specs, teachers, seeds=""):
     """[Group] that `--data` describes: `teacher=source,source…`, sources for all, or a text file of such lines.
@@ -247,18 +258,16 @@ class Order:
         share = np.array([source.count * source.weight for source in group.sources])
         if any(source.weight != 1 for source in group.sources) or share.sum() > self.TABLE:
             share = share / share.sum() * self.TABLE
-        self.quota = np.maximum(1, np.round(share)).astype(np.int64)
-        if len(share) == 1:
-            self.quota[:] = 1
-        self.table = np.repeat(np.arange(len(share), dtype=np.int32), self.quota)
+        quota = np.maximum(1, np.round(share)).astype(np.int64) if len(share) > 1 else 1
+        self.table = np.repeat(np.arange(len(share), dtype=np.int32), quota)
         np.random.default_rng((seed, 1)).shuffle(self.table)
-        self.before = np.empty(len(self.table), np.int32)  # how often this source has come before in the table
-        self.before[np.argsort(self.table, kind="stable")] = np.concatenate([np.arange(q) for q in self.quota])
+        self.places = [np.flatnonzero(self.table == source) for source in range(len(share))]
 
     def __call__(self, n):
         turn, place = divmod(n, len(self.table))
         source = int(self.table[place])
-        draw = turn * int(self.quota[source]) + int(self.before[place])
+        places = self.places[source]
+        draw = turn * len(places) + int(np.searchsorted(places, place))
         epoch, i = divmod(draw, self.counts[source])
         return source, shuffled(i, self.counts[source], self.seed, source, epoch) if self.shuffle else i
 
@@ -268,7 +277,8 @@ MAX_PIXELS = 90_000_000  # more than this is never held in memory
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 TURN = Image.Transpose
 UPRIGHT = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE, 6: TURN.ROTATE_270,
-           7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}  # by EXIF orientation; from 5 on width and height change places
+           7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}  # by EXIF orientation
+SIDEWAYS = [UPRIGHT[orientation] for orientation in (5, 6, 7, 8)]  # width and height change places
 Image.MAX_IMAGE_PIXELS = None  # `decode` has its own limit, which knows of reduced scale
 warnings.filterwarnings("ignore", module="PIL")
 
@@ -300,28 +310,24 @@ def decode(file, size=0, crop=whole, turn=False):
     pixels = image.width * image.height
     if pixels > MAX_PIXELS * (64 if jpeg and not image.info.get("progressive") else 1):
         raise Oops(f"{image.width} x {image.height} pixels are too many")
-    orientation = 1
-    with contextlib.suppress(Exception):  # broken EXIF in a whole picture
-        orientation = image.getexif().get(0x0112)
-    turns = [UPRIGHT[orientation]] if orientation in UPRIGHT else []
-    lying = len(turns) > 0 and orientation >= 5
+    turns = []
+    with contextlib.suppress(Exception):  # no EXIF, or a broken one in a whole picture
+        turns.append(UPRIGHT[image.getexif()[0x0112]])
     if turn:
         turns.append(TURN.ROTATE_270)
-    width, height = image.size if lying == turn else image.size[::-1]
+    lying = sum(step in SIDEWAYS for step in turns) == 1
+    width, height = image.size[::-1] if lying else image.size
     box = crop(width, height)
     short = min(box[2] - box[0], box[3] - box[1])
     shrink = 1
     while jpeg and shrink < 8 and (size and short >= 4 * shrink * size or pixels > MAX_PIXELS * shrink**2):
         shrink *= 2
-    if shrink > 1:
-        image.draft(None, (image.width // shrink, image.height // shrink))
+    image.draft(None, (image.width // shrink, image.height // shrink))
     image = to_rgb(image)
     for step in turns:
         image = image.transpose(step)
-    if image.width != width:
-        box = [round(v * n / full) for v, n, full in zip(box, image.size * 2, (width, height) * 2)]
-        box = [min(v, limit) for v, limit in zip(box, (image.width - 1, image.height - 1, *image.size))]
-    return image, box
+    box = [round(v * n / full) for v, n, full in zip(box, image.size * 2, (width, height) * 2)]
+    return image, [min(v, limit) for v, limit in zip(box, (image.width - 1, image.height - 1, *image.size))]
 
 def load_image(path):
     """A picture file as upright PIL RGB image (a JPEG above 90 megapixels at reduced scale). Oops if it is none."""
@@ -448,9 +454,9 @@ def colour(x, params):
         factor = beside(x, params[rows, 4 + op]).view(-1, 1, 1, 1)
         if len(rows) == len(x):
             x = OPS[op](x, factor)
-            continue
-        rows = beside(x, rows)
-        x.index_copy_(0, rows, OPS[op](x.index_select(0, rows), factor))
+        else:
+            rows = beside(x, rows)
+            x.index_copy_(0, rows, OPS[op](x.index_select(0, rows), factor))
     return x
 
 def normalise(image):
@@ -481,43 +487,40 @@ def batches(groups, image_size, batch, seed=0, rank=0, world=1, start_step=0, wo
     if batch % world:
         raise Oops(f"the global batch {batch} cannot be divided among {world} processes: choose a multiple of {world}")
     orders = [Order(group, mix(seed, g), train) for g, group in enumerate(groups)]
+    asked, lost = collections.Counter(), collections.Counter()  # images by source, as each process counts them
     for group in groups:
         for source in group.sources:
             source.prepare(image_size)
 
+    def draw(position):
+        """The image at this position among all images ever."""
+        n, g = divmod(position, len(groups))
+        s, i = orders[g](n)
+        source = groups[g].sources[s]
+        rng = np.random.default_rng((seed, 2, position))
+        params = draw_colour(rng, colour if train else 0)
+        flip = train and rng.random() < 0.5
+        crop = functools.partial(random_crop, rng=rng, scale=scale) if train else centre
+        picture, reasons = read_near(source, i, image_size, crop)
+        image = crop_resize(*picture, image_size, image_size)
+        asked[source.spec] += 1
+        lost[source.spec] += len(reasons) > 0
+        return {"image": image.flip(2) if flip else image, "group": g, "params": params, "bad": reasons}
+
     def make(step):
-        n = batch // world
-        image = torch.empty(n, 3, image_size, image_size, dtype=torch.uint8)
-        if get_worker_info():
-            image.share_memory_()  # written where the main process reads it: no copy, no growing heap
-        params = torch.empty(n, len(NO_COLOUR))
-        group = torch.empty(n, dtype=torch.int64)
-        bad = []  # why images could not be read
-        asked, lost = [], []  # the source of each image, and of each that another replaces
-        for row in range(n):
-            position = step * batch + rank * n + row  # among all images ever
-            draw, g = divmod(position, len(groups))
-            s, i = orders[g](draw)
-            source = groups[g].sources[s]
-            rng = np.random.default_rng((seed, 2, position))
-            params[row] = torch.from_numpy(draw_colour(rng, colour if train else 0))
-            flip = train and rng.random() < 0.5
-            crop = functools.partial(random_crop, rng=rng, scale=scale) if train else centre
-            picture, reasons = read_near(source, i, image_size, crop)
-            pixels = crop_resize(*picture, image_size, image_size)
-            image[row] = pixels.flip(2) if flip else pixels
-            group[row] = g
-            bad += reasons
-            asked.append(source.spec)
-            if reasons:
-                lost.append(source.spec)
-        return {"image": image, "group": group, "params": params, "bad": bad, "asked": asked, "lost": lost}
+        first = step * batch + rank * batch // world
+        rows = [draw(position) for position in range(first, first + batch // world)]
+        bad = list(itertools.chain.from_iterable(row.pop("bad") for row in rows))
+        for spec, count in lost.items():
+            if count > max(10, asked[spec] / 10):
+                raise Oops(f"{spec}: {count} of {asked[spec]} images could not be read, more than one in ten; "
+                           f"the last: {bad[-1]}")
+        return {**default_collate(rows), "bad": bad}
 
     return stream(make, start_step, workers)
 
 def stream(make, step, workers):
     """make(step), make(step + 1), … by worker processes; begins anew where it was if one of them is killed."""
-    asked, lost = collections.Counter(), collections.Counter()  # images by source
     deaths = 0
     options = {"collate_fn": make, "pin_memory": torch.cuda.is_available()}
     if workers and CAN_FORK:
@@ -528,12 +531,6 @@ def stream(make, step, workers):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
             for item in items:
-                asked.update(item.pop("asked"))
-                lost.update(item.pop("lost"))
-                for spec, n in lost.items():
-                    if n > max(10, asked[spec] / 10):
-                        raise Oops(f"{spec}: {n} of {asked[spec]} images could not be read, more than one in ten; "
-                                   f"the last: {item['bad'][-1]}")
                 yield item
                 step += 1
                 deaths = 0
@@ -573,33 +570,26 @@ def contact_sheet(rows, path, columns=(), cell=None):
     rows: lists of uint8 arrays or tensors, [3,h,w] or [h,w,3]; columns: captions; cell: longest side to which each
     picture is scaled (as it is, if None). Oops if the file cannot be written.
     """
-    with dune.writing(path) as file:
-        draw_sheet(rows, columns, cell).save(file, "PNG", optimize=True)
-
-def draw_sheet(rows, columns, cell):
     def picture(x):
         x = np.asarray(x)
         image = Image.fromarray(np.ascontiguousarray(x.transpose(1, 2, 0) if x.shape[0] == 3 else x))
-        scale = cell / max(image.size) if cell else 1
-        return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+        return ImageOps.contain(image, (cell, cell)) if cell else image
 
     rows = [[picture(x) for x in row] for row in rows]
     font = ImageFont.load_default(size=14)
-    heights = [max(image.height for image in row) for row in rows]
-    widths = [max(image.width for image in column if image) for column in itertools.zip_longest(*rows)]
-    for c, text in enumerate(columns):
-        widths[c] = max(widths[c], *(math.ceil(font.getlength(line)) for line in text.split("\n")))
+    lines = "\n".join(columns).split("\n")
+    sizes = [image.size for row in rows for image in row] + [(math.ceil(font.getlength(line)), 0) for line in lines]
+    width, height = (max(sides) + GAP for sides in zip(*sizes))  # of every cell
     top = GAP + 18 * max((text.count("\n") + 1 for text in columns), default=0)
-    xs = list(itertools.accumulate((width + GAP for width in widths), initial=GAP))
-    ys = list(itertools.accumulate((height + GAP for height in heights), initial=top))
-    sheet = Image.new("RGB", (xs[-1], ys[-1]), "white")
-    for x, width, text in zip(xs, widths, columns):
-        place = (x + width / 2, top - 4)
+    sheet = Image.new("RGB", (GAP + width * max(map(len, rows)), top + height * len(rows)), "white")
+    for c, text in enumerate(columns):
+        place = (c * width + (GAP + width) / 2, top - 4)
         ImageDraw.Draw(sheet).multiline_text(place, text, "#222", font, anchor="md", align="center")
-    for y, height, row in zip(ys, heights, rows):
-        for x, width, image in zip(xs, widths, row):
-            sheet.paste(image, (x + (width - image.width) // 2, y + (height - image.height) // 2))
-    return sheet
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row):
+            sheet.paste(image, (GAP + c * width + (width - GAP - image.width) // 2, top + r * height))
+    with dune.writing(path) as file:
+        sheet.save(file, "PNG", optimize=True)
 
 def survey(source):
     """One line about a source: how many images, and from a sample their sizes and how many cannot be read."""
@@ -617,19 +607,18 @@ def survey(source):
 
 def inspect(groups, teachers, size, path):
     """Prints what the sources hold and who learns from it; writes a contact sheet of samples, a column a group."""
-    with dune.writing(path) as file:  # opened before the work: perhaps it cannot be
-        for group in groups:
-            print(group.name)
-            for source in group.sources:
-                print(f"  {source.spec} (weight {source.weight:g}): {survey(source)}")
-            for sharing in SHARING:
-                mask = teacher_mask([group], teachers, sharing)[0]
-                print(f"  --sharing {sharing}: {', '.join(itertools.compress(teachers, mask))}")
-        item = next(batches(groups, size, 8 * len(groups), workers=0))
-        seen = augment(item["image"], item["params"])
-        seen = seen * constant(IMAGENET_STD, seen.device) + constant(IMAGENET_MEAN, seen.device)
-        rows = (seen * 255).round().to(torch.uint8).split(len(groups))  # position p is of group p % G
-        draw_sheet(rows, [group.name for group in groups], min(size, 168)).save(file, "PNG")
+    dune.check_folder(os.path.dirname(path) or ".")
+    for group in groups:
+        print(group.name)
+        for source in group.sources:
+            print(f"  {source.spec} (weight {source.weight:g}): {survey(source)}")
+        for sharing in SHARING:
+            mask = teacher_mask([group], teachers, sharing)[0]
+            print(f"  --sharing {sharing}: {', '.join(itertools.compress(teachers, mask))}")
+    item = next(batches(groups, size, 8 * len(groups), workers=0))
+    rows = colour(item["image"] / 255, item["params"])
+    rows = (rows * 255).round().byte().split(len(groups))  # position p is of group p % G
+    contact_sheet(rows, path, [group.name for group in groups], min(size, 168))
     print(f"wrote {path}: samples as the networks see them")
 
 # ---- The procedural scenes -------------------------------------------------------------------------------------------
@@ -679,8 +668,7 @@ def uniform(rng, *ranges):
 
 def hsv(hue, saturation, value):
     """RGB as [3,1,1]; the hue turns once a unit."""
-    ramps = [min(max(abs((hue * 6 + k) % 6 - 3) - 1, 0), 1) for k in (0, 4, 2)]
-    return np.array([value * (1 - saturation + saturation * ramp) for ramp in ramps], np.float32).reshape(3, 1, 1)
+    return np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value), np.float32).reshape(3, 1, 1)
 
 def any_colour(rng, saturation=(0.2, 0.75), value=(0.3, 0.95)):
     return hsv(*uniform(rng, (0, 1), saturation, value))
@@ -1170,10 +1158,10 @@ def labelled_scenes(kind, start, count, size=112, keys=(), **options):
             scenes = list(pool.map(draw, seeds, chunksize=16))
     else:
         scenes = list(map(draw, seeds))
-    out = {key: [scene[key] for scene in scenes] for key in scenes[0]}
-    for key in {"joints2d", "joints3d", "visible"} & set(out):
-        out[key] = [np.concatenate([v, np.zeros_like(v), np.zeros_like(v)])[:3] for v in out[key]]
-    out = {key: torch.from_numpy(np.stack(values)) for key, values in out.items()}
+    for scene, key in itertools.product(scenes, {"joints2d", "joints3d", "visible"} & set(scenes[0])):
+        none = np.zeros_like(scene[key])
+        scene[key] = np.concatenate([scene[key], none, none])[:3]
+    out = default_collate(scenes)
     out["image"] = out["image"].permute(0, 3, 1, 2).contiguous()
     return out
 
@@ -1184,33 +1172,27 @@ def cores():
 # ---- Index: twenty million paths in one file that all processes share ------------------------------------------------
 # A source is a set of containers (folders, tar archives, or a list), each with its images: (name, offset, length), both
 # 0 unless it lies in an archive. A container's path begins with the source's, an image's with its container's (in a
-# list: its folder's); the file keeps only what follows.
-
-INDEX_VERSION = 3
+# list: its folder's); the index keeps only what follows.
 
 class Index:
-    """The images of one source, as `write_index` wrote them, memory-mapped: names live in the page cache, once.
+    """The images of one source, as `write_index` saved them, memory-mapped: names live in the page cache, once.
 
-    The file: int64 [version, containers C, images N, bytes of the containers' paths], marks [C,3] (first image, stamp),
-    images [N,3] (where its name ends, offset, length), the containers' paths between zeros, all images' names.
+    containers: their paths; marks int64 [C,3]: first image, stamp; images int64 [N,3]: where its name ends, offset,
+    length; names: uint8, one behind the other.
     """
 
     def __init__(self, place, root):
         self.place = place
         self.folder = os.path.dirname(root) if is_list(root) else None
-        raw = np.memmap(dune.regular(place), np.uint8, "r")
-        version, containers, images, length = raw[:32].view(np.int64).tolist()
-        _, *tables, paths, self.names = np.split(raw, np.cumsum([32, 24 * containers, 24 * images, length]))
-        self.marks, self.images = (table.view(np.int64).reshape(-1, 3) for table in tables)
-        self.containers = [root + os.fsdecode(path) for path in paths.tobytes().split(b"\0")]
-        found = (INDEX_VERSION, len(self.marks), len(self.images), len(self.containers))
-        if found != (version, containers, images, containers) or self.images[-1:, 0].tolist() != [len(self.names)]:
-            raise ValueError("an index of another version, or cut short")
+        saved = torch.load(dune.regular(place), mmap=True, weights_only=True)
+        self.containers = [root + path for path in saved["containers"]]
+        self.marks, self.images, self.names = (saved[key].numpy() for key in ("marks", "images", "names"))
 
     def fits(self):
-        """Whether its source is as it was. Looks at folders and archives, not at single images."""
+        """Whether it is whole and its source as it was. Looks at folders and archives, not at single images."""
+        whole = self.images.shape[1] == 3 and self.images[-1, 0] == len(self.names)
         with ThreadPool(8) as pool:  # network file systems answer many at once
-            return pool.map(stamp, self.containers, chunksize=512) == self.marks[:, 1:].tolist()
+            return whole and pool.map(stamp, self.containers, chunksize=512) == self.marks[:, 1:].tolist()
 
     def find(self, i):
         """(path of image i, the archive in which it lies or None, its offset and length there)."""
@@ -1244,23 +1226,13 @@ def tar_images(path):
     return images
 
 def list_images(path):
-    """(name, 0, 0) of each line of a text file of paths. Oops if one is no text, or does not exist."""
-    names = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            name = os.fsdecode(line.strip())
-            if not name.isprintable():
-                raise Oops(f"{path}: line {number} is no path in UTF-8; a list has one a line")
-            if name and name[0] != "#":
-                names.append(name)
+    """(name, 0, 0) of each line of a text file of paths. Oops if one does not exist."""
+    names = list(text_lines(path, r"^\s*#.*"))
     missing = [name for name in names if not os.path.exists(os.path.join(os.path.dirname(path), name))]
     if missing:
         first = ", ".join(missing[:3])
         raise Oops(f"{path}: {len(missing):,} of its {len(names):,} paths do not exist, first {first}")
     return [(name, 0, 0) for name in names]
-
-def is_list(root):
-    return root.endswith(".txt") and os.path.isfile(root)
 
 def is_image(name):
     return name.lower().endswith(SUFFIXES) and name[0] != "."
@@ -1272,11 +1244,11 @@ def scan(root):
         return
     seen = set()  # links may form circles
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=leave_out):
-        info = os.stat(folder)
-        if (info.st_dev, info.st_ino) in seen:
+        real = os.path.realpath(folder)
+        if real in seen:
             subfolders.clear()
             continue
-        seen.add((info.st_dev, info.st_ino))
+        seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
         files.sort()
         yield folder, ((name, 0, 0) for name in files if is_image(name))
@@ -1290,28 +1262,27 @@ def write_index(place, root, containers):
     """Writes and opens the index of `containers`, what `scan` gives of root. Oops if they hold no images."""
     print(f"data: indexing {root}, once", file=sys.stderr)
     begun = time.time_ns()
-    marks, images = array.array("q"), array.array("q")
-    paths, names = [], bytearray()
+    paths, marks = [], []
+    images, names = array.array("q"), bytearray()
     for container, found in containers:
         mark = stamp(container)
-        marks.append(len(images) // 3)
-        marks.extend(mark if mark[0] < begun else [0, 0])  # changed while we looked: look again next time
-        paths.append(os.fsencode(container[len(root):]))
+        if mark[0] >= begun:
+            mark = [0, 0]  # changed while we looked: look again next time
+        marks.append([len(images) // 3, *mark])
+        paths.append(container[len(root):])
         for name, offset, length in found:
             names += os.fsencode(name)
             images.extend((len(names), offset, length))
-    count = len(images) // 3
-    if not count:
+    if not images:
         raise Oops(f"{root} holds no images (no {' '.join(SUFFIXES)} in {len(paths)} folders, archives or lists)")
-    paths = b"\0".join(paths)
-    head = array.array("q", [INDEX_VERSION, len(marks) // 3, count, len(paths)])
+    images = torch.frombuffer(images, dtype=torch.int64).view(-1, 3)
+    names = torch.frombuffer(names, dtype=torch.uint8)
     mine = f"{place}.{os.urandom(6).hex()}"  # other machines may be at it too
     with dune.writing(mine) as file:
-        for part in (head, marks, images, paths, names):
-            file.write(part)
+        torch.save({"containers": paths, "marks": torch.tensor(marks), "images": images, "names": names}, file)
     os.replace(mine, place)
     seconds = (time.time_ns() - begun) / 1e9
-    print(f"data: indexed {count:,} images, {seconds:.1f} s, kept as {place}", file=sys.stderr)
+    print(f"data: indexed {len(images):,} images, {seconds:.1f} s, kept as {place}", file=sys.stderr)
     return Index(place, root)
 
 def cache_folder():
@@ -1322,25 +1293,20 @@ def open_index(root):
     """The index of a source, from beside it or from the cache folder; written if there is none that fits."""
     key = f"{os.path.basename(root)}-{hashlib.sha1(os.fsencode(root)).hexdigest()[:12]}.dune-index"
     places = [f"{root}.dune-index", os.path.join(cache_folder(), key)]
-    index = fitting_index(places, root)
-    if index:
-        return index
     lock = os.open(root, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError, ImportError):  # of this machine's processes one writes, the others wait
-            import fcntl  # not on Windows
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        return fitting_index(places, root) or write_index(writable(places), root, scan(root))
+        for alone in (False, True):  # of this machine's processes all may read at once; one writes, the others wait
+            with contextlib.suppress(OSError, ImportError):
+                import fcntl  # not on Windows
+                fcntl.flock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+            for place in places:
+                with contextlib.suppress(Exception):  # none there, or damaged in whatever way
+                    index = Index(place, root)
+                    if index.fits():
+                        return index
+        return write_index(writable(places), root, scan(root))
     finally:
         os.close(lock)
-
-def fitting_index(places, root):
-    for place in places:
-        with contextlib.suppress(Exception):  # none there, or damaged in whatever way
-            index = Index(place, root)
-            if index.fits():
-                return index
-    return None
 
 def writable(places):
     """The first of these paths in whose folder files can be written."""
@@ -1354,8 +1320,9 @@ def writable(places):
 
 # ---- The command -----------------------------------------------------------------------------------------------------
 
-def bench(size, seconds=2.0):
+def bench(size, repeat=10):
     """Prints images/s on one core, from 500x375 JPEGs, of each stage and of all together."""
+    torch.set_num_threads(1)
     device = dune.pick_device("auto")
     rng = np.random.default_rng(0)
     files = []
@@ -1374,12 +1341,12 @@ def bench(size, seconds=2.0):
     for name, work in {
         "decode": lambda: [decode(file) for file in files],
         "decode, crop, resize to uint8 (a worker)": load,
-        "colour and normalise": lambda: augment(images, params),
-        "all of it": lambda: augment(load().to(device), params),
+        "colour and normalise": lambda: augment(images, params).mean().item(),  # waits for a GPU
+        "all of it": lambda: augment(load().to(device), params).mean().item(),
     }.items():
-        from torch.utils.benchmark import Timer  # here, for it looks for a CUDA compiler, and says so
-        timer = Timer("work()", globals={"work": work})  # waits for the GPU, and takes one thread
-        spent = timer.blocked_autorange(min_run_time=seconds).median / len(files)
+        timer = timeit.Timer(work)
+        runs, _ = timer.autorange()
+        spent = min(timer.repeat(repeat, runs)) / runs / len(files)
         print(f"{name:44}{1 / spent:9,.0f} images/s {spent * 1e3:8.2f} ms")
 
 OPTIONS = {
@@ -1395,8 +1362,8 @@ def main(argv=None):
     args = dune.Parser(description="What do the sources hold?").add(OPTIONS).parse_args(argv)
     if args.bench:
         return bench(args.image_size)
-    lines = itertools.chain.from_iterable(map(data_lines, args.data))
-    named = [found[1] for line in lines if (found := re.match(r"([\w.-]+)=", line))]
+    lines = "\n".join(itertools.chain.from_iterable(map(data_lines, args.data)))
+    named = re.findall(r"(?m)^([\w.-]+)=", lines)
     names = args.teachers.split(",") if args.teachers else named or ["dinov2", "mast3r", "multihmr"]
     for name in names:
         if name not in TEACHERS:
