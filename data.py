@@ -35,7 +35,7 @@ from multiprocessing.pool import ThreadPool
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader, default_collate
 
 import dune
@@ -172,7 +172,7 @@ def data_lines(spec):
 
 def text_lines(path, comment):
     """The lines of a text file, one by one, without comments and empty ones. Oops if one is no text."""
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
             line = re.sub(comment, "", line).strip()
             if not line.isprintable():
@@ -322,7 +322,8 @@ def decode(file, size=0, crop=whole, turn=False):
     shrink = 1
     while jpeg and shrink < 8 and (size and short >= 4 * shrink * size or pixels > MAX_PIXELS * shrink**2):
         shrink *= 2
-    image.draft(None, (image.width // shrink, image.height // shrink))
+    if shrink > 1:
+        image.draft(None, (image.width // shrink, image.height // shrink))
     image = to_rgb(image)
     for step in turns:
         image = image.transpose(step)
@@ -442,7 +443,7 @@ def beside(x, values):
     values = torch.from_numpy(values)
     return values.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else values
 
-def colour(x, params):
+def recolour(x, params):
     """x [n,3,H,W] in [0,1]; params [n,11] on the CPU: no step has to ask the device which images it is for."""
     params = params.numpy()
     passes = [(op, params[:, place] == op) for place in range(4) for op in range(4)]
@@ -471,7 +472,7 @@ def augment(image, params):
     """
     chunk = len(image) if image.is_cuda else 1  # one by one, they stay in a CPU's cache
     parts = zip(image.split(chunk), params.split(chunk))
-    return torch.cat([normalise(colour(x.float().div_(255), p)) for x, p in parts])
+    return torch.cat([normalise(recolour(x.float().div_(255), p)) for x, p in parts])
 
 # ---- Batches ---------------------------------------------------------------------------------------------------------
 
@@ -565,7 +566,7 @@ def start_worker(_=None):
 GAP = 6  # pixels between pictures
 
 def contact_sheet(rows, path, columns=(), cell=None):
-    """Writes pictures in a grid as PNG, on white.
+    """Writes pictures in a grid as PNG, on white, and returns the path.
 
     rows: lists of uint8 arrays or tensors, [3,h,w] or [h,w,3]; columns: captions; cell: longest side to which each
     picture is scaled (as it is, if None). Oops if the file cannot be written.
@@ -573,7 +574,8 @@ def contact_sheet(rows, path, columns=(), cell=None):
     def picture(x):
         x = np.asarray(x)
         image = Image.fromarray(np.ascontiguousarray(x.transpose(1, 2, 0) if x.shape[0] == 3 else x))
-        return ImageOps.contain(image, (cell, cell)) if cell else image
+        scale = cell / max(image.size) if cell else 1
+        return image.resize([max(1, round(side * scale)) for side in image.size])
 
     rows = [[picture(x) for x in row] for row in rows]
     font = ImageFont.load_default(size=14)
@@ -590,6 +592,7 @@ def contact_sheet(rows, path, columns=(), cell=None):
             sheet.paste(image, (GAP + c * width + (width - GAP - image.width) // 2, top + r * height))
     with dune.writing(path) as file:
         sheet.save(file, "PNG", optimize=True)
+    return path
 
 def survey(source):
     """One line about a source: how many images, and from a sample their sizes and how many cannot be read."""
@@ -616,7 +619,7 @@ def inspect(groups, teachers, size, path):
             mask = teacher_mask([group], teachers, sharing)[0]
             print(f"  --sharing {sharing}: {', '.join(itertools.compress(teachers, mask))}")
     item = next(batches(groups, size, 8 * len(groups), workers=0))
-    rows = colour(item["image"] / 255, item["params"])
+    rows = recolour(item["image"] / 255, item["params"])
     rows = (rows * 255).round().byte().split(len(groups))  # position p is of group p % G
     contact_sheet(rows, path, [group.name for group in groups], min(size, 168))
     print(f"wrote {path}: samples as the networks see them")

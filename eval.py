@@ -191,7 +191,7 @@ def study_row(reader, scenes, grid, seed, steps):
         if domain == "objects":
             labels = torch.cat([part["kind"] for part in targets])
             row["k-NN"] = top(knn(x["cls"], labels, y["cls"], len(data.KINDS)), truth["kind"])["top-1"]
-        scale = {kind: moments(x[kind]) for kind in x}
+        scale = {kind: mean_and_std(x[kind]) for kind in x}
         x, y = ({kind: (z[kind] - mean) / std for kind, (mean, std) in scale.items()} for z in (x, y))
         parts = list(zip(chunks(x), targets))
         torch.manual_seed(seed)
@@ -330,7 +330,7 @@ def read_ahead(read, batches):
             if ready:
                 yield ready.get()
 
-def moments(x):
+def mean_and_std(x):
     """Mean and std per channel of features [..., D] (of a sample of them, if there are very many)."""
     x = x[::max(1, len(x) // 2000)]
     std, mean = torch.std_mean(x.float().flatten(0, -2), 0, correction=0)
@@ -386,7 +386,7 @@ def top(scores, labels):
 def linear_probe(x, labels, y, classes, steps, seed, rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2)):
     """(scores [m, classes] of y, rate) of the best, on a tenth of x, of linear heads trained at these rates."""
     torch.manual_seed(seed)
-    mean, std = moments(x)
+    mean, std = mean_and_std(x)
     x, y = (x - mean) / std, (y - mean) / std
     held, rest = torch.randperm(len(x)).tensor_split([max(1, len(x) // 10)])
     heads = [nn.Linear(x.shape[1], classes).to(x.device) for _ in rates]
@@ -458,7 +458,7 @@ def dense(args, look, train, test, outputs, bins, loss_of):
         x, y = (extract(reader, [(path, box) for path, _, boxes in part for box in boxes], look.size, dense=True)
                 for part in (train, test))
         torch.manual_seed(args.seed)
-        mean, std = (value.to(look.device) for value in moments(x[:, 1:]))
+        mean, std = (value.to(look.device) for value in mean_and_std(x[:, 1:]))
         layer = nn.Linear(len(mean), outputs).to(look.device)
 
         def maps_of(features, size):
@@ -535,7 +535,7 @@ def command_seg(args):
         both = torch.bincount((truth * classes + guess)[truth >= 0], minlength=classes**2)
         counts[name] = counts.get(name, 0) + both.view(classes, classes)
         if len(pictures.setdefault(name, [])) < PICTURES:
-            pictures[name].append((path, *(palette(classes)[small(x.numpy())] for x in (truth, guess))))
+            pictures[name].append((path, *(palette(classes)[x.numpy()] for x in (truth, guess))))
     iou = {name: 100 * class_iou(count) for name, count in counts.items()}
     right = {name: 100 * (count.diag().sum() / count.sum()).item() for name, count in counts.items()}
     rows = {name: {"mIoU": x.nanmean().item(), "pixel accuracy": right[name]} for name, x in iou.items()}
@@ -577,7 +577,7 @@ def command_depth(args):
         errors.setdefault(name, []).append(depth_errors(maps[0], truth))
         span = truth[truth > 0].min().item(), truth.max().item()
         if len(pictures.setdefault(name, [])) < PICTURES:
-            pictures[name].append((path, *(depth_colours(small(x), *span) for x in (truth, maps[0]))))
+            pictures[name].append((path, *(depth_colours(x, *span) for x in (truth, maps[0]))))
     report(args, look, mean_and_spread(errors)[0], side_by_side(args, pictures))
 
 def silog(guess, truth):
@@ -1367,8 +1367,7 @@ def pca_sheet(model, teachers, images, path):
     for group in groups:
         columns.update(zip(group, pca_colours(list(group.values()), grid, patch)))
     cell = max(112, min(256, *images.shape[-2:]))
-    data.contact_sheet([list(row) for row in zip(*columns.values())], path, columns=list(columns), cell=cell)
-    return path
+    return data.contact_sheet(list(zip(*columns.values())), path, columns=list(columns), cell=cell)
 
 def pca_colours(features, grid, scale):
     """Several patch features [n, N, D] as colours, uint8 [n, rows*scale, cols*scale, 3] each: three principal
@@ -1444,20 +1443,13 @@ def depth_colours(depth, low, high):
     colours = np.stack([np.interp(x.numpy(), np.linspace(0, 1, 6), stops[:, c]) for c in range(3)], -1)
     return (colours * (depth > 0).numpy()[..., None]).astype(np.uint8)
 
-def small(picture):
-    """uint8 [h, w, 3] with its longest side at most 256, by leaving out pixels."""
-    step = max(1, math.ceil(max(picture.shape[:2]) / 256))
-    return picture[::step, ::step]
-
 def side_by_side(args, pictures):
     """Write {reader: [(image path, truth, prediction)]}: a row for each of the first images; returns the path."""
     rows = []
     for same in zip(*pictures.values()):
-        image = small(np.asarray(data.load_image(same[0][0])))
+        image = np.asarray(data.load_image(same[0][0]))
         rows.append([image, same[0][1], *(guess for _, _, guess in same)])
-    path = output(args, ".png")
-    data.contact_sheet(rows, path, columns=["image", "truth", *pictures])
-    return path
+    return data.contact_sheet(rows, output(args, ".png"), columns=["image", "truth", *pictures], cell=256)
 
 def match_picture(images, matches, path):
     """Write two PIL images side by side with some of their matches, from the best to the worst."""
@@ -1542,8 +1534,7 @@ def study_picture(path, scenes, said, grid, side=168, count=3):
                      *((127.5 + 127.5 * large(x["normals"][i])).byte() for x in rooms),
                      body, *(person(body, place[k]) for place in places)])
     columns = "object truth student room depth student normals student people truth student".split()
-    data.contact_sheet(rows, path, columns)
-    return path
+    return data.contact_sheet(rows, path, columns)
 
 def people_picture(path, picture, people, K, bones, height=480):
     """Write a PNG: the photograph with skeletons, and people from above, lines a metre apart. Returns the path."""

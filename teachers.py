@@ -58,7 +58,7 @@ S16, B16, L16 = [vit | dict(patch_size=16, image_size=224, layer_scale=None) for
 REGISTERS = dict(registers=4, layer_scale=1e-4)
 CROCO = dict(license="CC BY-NC-SA 4.0", inside="model", prefix=r"enc_(?=blocks|norm)|(?=patch_embed\.)", domain="rooms",
              vit=dict(position="rope"), shape=L16 | dict(class_token=False))
-DUNE = dict(license="CC BY-NC-SA 4.0", inside="model", prefix=r"((module|_orig_mod)\.)*encoder\.")
+OURS = dict(license="CC BY-NC-SA 4.0", inside="model", prefix=r"((module|_orig_mod)\.)*encoder\.")
 DEPTH_ANY = dict(prefix=r"pretrained\.", distil_cls=False, domain="rooms")  # its head reads patches alone
 SIGLIP = dict(license="Apache-2.0", layout="siglip", prefix=r"vision_model\.", pool="attention", generic=True,
               images=HALF, vit=dict(position="size", gelu="tanh"),
@@ -90,8 +90,8 @@ TEACHERS = {
     "dbotft": Teacher(BYTE + "mmodal/dbot/84.5_dbot_base_finetune.pth", "CC BY-NC 4.0", inside="model",
                       prefix=r"(?!head\.)", rename={r"^fc_norm\.": "norm."}, pool="mean", shape=B16),
     # DUNE, as teacher of the next one: these, or any checkpoint of ours by --weights
-    "dune_base": Teacher(dune.PUBLISHED.format("dune_vitbase14_448"), shape=B14 | REGISTERS, **DUNE),
-    "dune_small": Teacher(dune.PUBLISHED.format("dune_vitsmall14_448"), shape=S14 | REGISTERS, **DUNE),
+    "dune_base": Teacher(dune.PUBLISHED.format("dune_vitbase14_448"), shape=B14 | REGISTERS, **OURS),
+    "dune_small": Teacher(dune.PUBLISHED.format("dune_vitsmall14_448"), shape=S14 | REGISTERS, **OURS),
     # 3D scenes and depth
     "dust3r": Teacher(NAVER + "DUSt3R/DUSt3R_ViTLarge_BaseDecoder_512_dpt.pth", images=HALF, **CROCO),
     "croco": Teacher(NAVER + "CroCo/CroCo_V2_ViTLarge_BaseDecoder.pth", **CROCO),

@@ -608,7 +608,7 @@ def test_colour_agrees_with_pillow():
     pictures = [photo(i, 70, 56) for i in range(len(rows))]
     images = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures])
     std = torch.tensor(data.IMAGENET_STD).view(3, 1, 1)
-    together = data.normalise(data.colour(images.float() / 255, params))  # the way of a GPU: all at once
+    together = data.normalise(data.recolour(images.float() / 255, params))  # the way of a GPU: all at once
     alone = data.augment(images, params)
     assert (together - alone).abs().max() < 1e-4
     for i, (p, picture) in enumerate(zip(params, pictures)):

@@ -262,7 +262,7 @@ def grow(file, key, *shape):
     ("dinov3_vits16", lambda f: f.pop("blocks.0.mlp.fc1.weight"), "lacks tensor blocks.0.mlp.fc1.weight"),
     ("dinov3_vits16", lambda f: grow(f, "blocks.0.attn.qkv.weight", 100, 128), "64 channels"),
     ("siglip2_vitb16", lambda f: grow(f, "vision_model.encoder.layers.0.mlp.fc1.weight", 239, 64), "wrong shape.*fc1"),
-    ("siglip2_vitb16", lambda f: f.pop("vision_model.encoder.layers.1.self_attn.k_proj.bias"), "is no file of teacher siglip"),
+    ("siglip2_vitb16", lambda f: f.pop("vision_model.encoder.layers.1.self_attn.k_proj.bias"), "is no file of teacher"),
     ("siglip2_vitb16", lambda f: f.pop("vision_model.head.probe"), "lacks tensor pool.probe"),
 ])
 def test_another_layout_is_one_line(name, change, message, golden, tmp_path):
