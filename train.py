@@ -148,15 +148,15 @@ def main(argv=None):
             torch.manual_seed(seed_of(args, step) + 1 + processes.rank)  # for stochastic depth: nothing to save
             images = data.augment(batch["image"].to(device, non_blocking=True), batch["params"])
             allowed = may_teach[batch["group"].numpy()]              # [b, T]: may teacher j teach image i?
-            rows = {t: rows_where(allowed[:, j]) for j, t in enumerate(args.teachers)}
+            rows = {t: rows_where(allowed[:, j], device) for j, t in enumerate(args.teachers)}
             noise = drop_noise(args, processes, step)                # [b, T]
         with clock.span("teachers"):                                 # 1. the frozen teachers, each on its images
-            features = {t: teacher(take(images, rows[t]), grid) for t, teacher in teachers.items()}
+            features = {t: teacher(images[rows[t]], grid) for t, teacher in teachers.items()}
         with clock.span("statistics"):                               # 2. mean and std per channel, over all processes
             statistics = dune.update_norms(model.teacher_norms, features, momentum_at(step, args.steps))
 
         weight = 0                                                   # 3. the student; sum(c) so far
-        for part in parts(args.accumulate, images, rows, features, allowed, noise, ddp):
+        for part in parts(args.accumulate, images, features, allowed, noise, ddp):
             with clock.span("student"), part.sync, autocast:         # whether gradients are sent is decided here
                 outputs = ddp(part.images, part.rows)
             with clock.span("loss"):                                 # sum(c * l) / sum(c), divided below
@@ -201,17 +201,13 @@ def drop_noise(args, processes, step):
     noise = torch.rand(args.batch, len(args.teachers), generator=chance)
     return noise.chunk(processes.world)[processes.rank]
 
-# Which images a teacher teaches is known on the host, as numpy arrays: asking a device would wait for it.
-
-def rows_where(allowed):
-    """Indices of the images, [b] bool, that a teacher teaches; slice(None) if it is all of them."""
-    return slice(None) if allowed.all() else np.flatnonzero(allowed)
+def rows_where(allowed, device):
+    """Which images a teacher teaches, as an index into them: slice(None) if it is all of them. `allowed` [b] is a numpy
+    array, for the host must know: asking a device would wait for it."""
+    return slice(None) if allowed.all() else there(np.flatnonzero(allowed), device)
 
 def there(array, device):
     return torch.from_numpy(array).to(device, non_blocking=True)
-
-def take(images, rows):
-    return images[rows if isinstance(rows, slice) else there(rows, images.device)]
 
 @dataclass
 class Part:
@@ -223,31 +219,25 @@ class Part:
     noise: torch.Tensor
     sync: object  # a context: only the last part sends gradients
 
-def parts(number, images, rows, features, allowed, noise, ddp):
+def parts(number, images, features, allowed, noise, ddp):
     """A process's batch in so many parts, as equal as may be; features stay views.
 
     A teacher without an image in a part gets the first one and a feature of zeros, which counts for nothing, for it may
     not teach that image: its projector must take part in every backward pass, or DDP would wait for it for ever.
     """
-    device = images.device
-    allowed = there(allowed, device)
-    noise = noise.to(device, non_blocking=True)
     edges = [len(images) * i // number for i in range(number + 1)]
     for first, last in zip(edges, edges[1:]):
-        mine, targets = {}, {}
-        for t, index in rows.items():
-            low, high = first, last
-            mine[t] = index
-            if not isinstance(index, slice):
-                low, high = np.searchsorted(index, (first, last))  # features hold a teacher's own images alone
-                mine[t] = there(index[low:high] - first, device)
-            known = {kind: x for kind, x in features[t].items() if x is not None}
-            targets[t] = {kind: x[low:high] for kind, x in known.items()}
+        rows, targets = {}, {}
+        for j, (t, tokens) in enumerate(features.items()):
+            low, high = allowed[:first, j].sum(), allowed[:last, j].sum()  # they are of a teacher's own images alone
+            rows[t] = rows_where(allowed[first:last, j], images.device)
+            targets[t] = {kind: x[low:high] for kind, x in tokens.items() if x is not None}
             if low == high:
-                mine[t] = torch.zeros(1, dtype=torch.int64, device=device)
-                targets[t] = {kind: x.new_zeros(1, *x.shape[1:]) for kind, x in known.items()}
+                rows[t] = torch.zeros(1, dtype=torch.int64, device=images.device)
+                targets[t] = {kind: x.new_zeros(1, *x.shape[1:]) for kind, x in targets[t].items()}
         wait = last < len(images) and isinstance(ddp, DistributedDataParallel)
-        yield Part(images[first:last], mine, targets, allowed[first:last], noise[first:last],
+        yield Part(images[first:last], rows, targets, there(allowed[first:last], images.device),
+                   noise[first:last].to(images.device, non_blocking=True),
                    ddp.no_sync() if wait else contextlib.nullcontext())
 
 def update(parameters, optimizer, scale, clip):
@@ -295,21 +285,20 @@ def parameter_groups(model, weight_decay):
 def build_teachers(args, processes):
     """The frozen teachers on the device. The first process of each machine fetches or makes weights, others wait."""
     if args.preset == "tiny" and not args.random_teachers:
-        missing = [t for t in args.teachers if t not in zoo.SPECIALISTS and t not in args.weights]
-        if missing:
-            raise Oops(f"--preset tiny has no specialist for {missing[0]}: it has {', '.join(zoo.SPECIALISTS)}; "
-                       f"or give --weights {missing[0]}=FILE")
         own = [t for t in args.teachers if t not in args.weights]
+        for t in own:
+            if t not in zoo.SPECIALISTS:
+                raise Oops(f"--preset tiny has no specialist for {t}: it has {', '.join(zoo.SPECIALISTS)}; "
+                           f"or give --weights {t}=FILE")
         if processes.local == 0:
             zoo.prepare_specialists(own)
         args.weights.update({t: zoo.specialist_path(t) for t in own})
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    found = {}
-    for turn in (True, False):
-        if turn == (processes.local == 0):
-            for t in args.teachers:
-                weights = "random" if args.random_teachers else args.weights.get(t)
-                found[t] = zoo.load_teacher(t, weights, processes.device, dtype)
+    if processes.local > 0:
+        processes.barrier()
+    weights = dict.fromkeys(args.teachers, "random") if args.random_teachers else args.weights
+    found = {t: zoo.load_teacher(t, weights.get(t), processes.device, dtype) for t in args.teachers}
+    if processes.local == 0:
         processes.barrier()
     return found
 
@@ -337,9 +326,8 @@ def start_from(encoder, other, path):
     """Load another encoder of the same shape. Positions of another grid are resized, to the size; registers that it
     lacks stay the new ones."""
     state = other.state_dict()
-    if other.pos_embed is not None and other.grid != encoder.grid:
-        grid = other.positions(encoder.grid, encoder.grid, "size")
-        state["pos_embed"] = torch.cat([state["pos_embed"][:, :-other.grid**2], grid], 1)
+    if other.pos_embed is not None:
+        state["pos_embed"] = other.positions(encoder.grid, encoder.grid, "size")
     if other.register_tokens is None and encoder.register_tokens is not None:
         state["register_tokens"] = encoder.register_tokens.detach()
     dune.load_strictly(encoder, state, path)
@@ -390,7 +378,6 @@ class Log:
         self.enabled = processes.rank == 0 and not args.bench
         self.totals = {"skipped": 0, "bad_images": 0}
         self.sums = {}
-        self.bad = 0
         self.streak = torch.zeros((), device=processes.device)
         self.bar = tqdm(initial=start * args.batch, total=args.steps * args.batch, unit=" images", unit_scale=True,
                         disable=processes.rank != 0, dynamic_ncols=True)
@@ -429,8 +416,8 @@ class Log:
     def step(self, done, optimizer, norm, skipped, bad):
         """The end of a step: the bar, and every so often a line of the log. Ten skipped steps in a row end the run."""
         self.streak = (self.streak + 1) * skipped
-        self.keep({"grad_norm": (torch.where(skipped > 0, 0, norm), 1 - skipped), "skipped": (skipped, skipped)})
-        self.bad += len(bad)
+        self.keep({"grad_norm": (torch.where(skipped > 0, 0, norm), 1 - skipped), "skipped": (skipped, skipped),
+                   "bad_images": (skipped.new_full((), len(bad)), skipped)})
         if bad and not self.args.bench:
             self.append(self.bad_path, "".join(f"{name}\n" for name in bad))
         self.bar.update(self.args.batch)
@@ -448,7 +435,6 @@ class Log:
 
     def record(self, done, lr):
         """A line of the log: means over all processes since the last one; a name teacher/… goes under its teacher."""
-        self.keep({"bad_images": torch.tensor([self.bad, 1.0], device=self.streak.device).unbind()})
         sums = self.processes.sum(torch.stack(list(self.sums.values()))).tolist()
         sums = dict(zip(self.sums, sums))
         self.totals["skipped"] += round(sums.pop("skipped")[0] / self.processes.world)
@@ -463,7 +449,7 @@ class Log:
             teacher, _, part = name.rpartition("/")
             place = record.setdefault(teacher, {}) if teacher else record
             place[part] = total / count if count else None
-        self.sums, self.bad = {}, 0
+        self.sums = {}
         self.seen, self.began, self.waited = done, now, 0.0
         return record
 
@@ -503,7 +489,6 @@ class Checkpoint:
         self.state = None
         self.before = None      # held-out losses at the start of the run
         self.done = 0
-        self.unsaved = False    # a checkpoint was due and the disk refused it
         if args.resume == "yes" and not args.bench and os.path.exists(self.path):
             self.state = self.read()
         if processes.rank == 0 and not args.bench:  # a place that cannot be written is told before the work
@@ -542,7 +527,7 @@ class Checkpoint:
         self.done = done
         last = done == self.args.steps
         milestone = self.milestone(done)
-        due = stop or last or milestone or self.unsaved or done % self.args.save_every == 0
+        due = stop or last or milestone or done % self.args.save_every == 0
         if not due or self.args.bench or self.processes.rank:
             return
         content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "args": self.recipe,
@@ -550,22 +535,18 @@ class Checkpoint:
                    "held_out": self.before}
         try:
             save(self.path, content, self.args.keep, milestone)
-            self.unsaved = False
         except Oops as error:
             if stop or last or not os.path.exists(self.path):
                 raise
-            if not self.unsaved or done % self.args.save_every == 0:
-                tqdm.write(f"warning: {error}. The run goes on, {self.path} is the older one; trying again.",
-                           file=sys.stderr)
-            self.unsaved = True
+            tqdm.write(f"warning: {error}. The run goes on, {self.path} is the older one.", file=sys.stderr)
 
     def milestone(self, done):
         """The name of the checkpoint that is kept for good at this step, or None."""
         every = self.args.milestone_epochs * self.args.epoch_images
-        reached = done * self.args.batch // every if every else 0
-        if reached == 0 or reached == (done - 1) * self.args.batch // every:
-            return None
-        return f"milestone-{reached * self.args.milestone_epochs:04d}"
+        images = done * self.args.batch
+        if every and images % every < self.args.batch:
+            return f"milestone-{images // every * self.args.milestone_epochs:04d}"
+        return None
 
 def save(path, content, keep=1, milestone=None):
     """Write a checkpoint beside, read it back, and only then give it its name: it is complete or absent.
@@ -576,10 +557,10 @@ def save(path, content, keep=1, milestone=None):
         torch.save(content, file)
         file.flush()
         try:
-            whole = zipfile.ZipFile(file.name).testzip() is None
+            broken = zipfile.ZipFile(file.name).testzip()
         except (EOFError, zipfile.BadZipFile):
-            whole = False
-        if not whole:
+            broken = True
+        if broken:
             raise OSError(0, "what was written does not read back; does another run write there, too?")
     stem = path.removesuffix(".pt")
     names = [f"{stem}-{content['step']:08d}.pt"] if keep > 1 else []
@@ -743,21 +724,34 @@ class Clock:
         return event
 
     def ms(self, begin, end):
-        return begin.elapsed_time(end) if self.cuda else 1000 * (end - begin)
+        if not self.cuda:
+            return 1000 * (end - begin)
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end)
+
+    def matmul_rate(self):
+        """The device's measured rate of large matrix products, FLOP/s: what MFU is a share of."""
+        n = 8192 if self.cuda else 1024
+        dtype = torch.bfloat16 if self.args.dtype == "bf16" else torch.float32
+        a, b = torch.randn(2, n, n, device=self.processes.device, dtype=dtype)
+        times = []
+        for _ in range(50):
+            begin = self.now()
+            a @ b
+            times.append((begin, self.now()))
+        return 2 * n**3 / min(self.ms(*time) for time in times) * 1000
 
     def report(self):
         """Print where a step's time goes, and how much of the hardware's arithmetic it uses."""
-        if self.cuda:
-            torch.cuda.synchronize()
         steps = self.args.bench
-        rate = matmul_rate(self)
+        rate = self.matmul_rate()
         if self.processes.rank:
             return
-        first = [i for i, (name, _, _) in enumerate(self.marks) if name == "data"][-steps]
+        marks = self.marks[len(self.marks) // (WARM + steps) * WARM:]
         spent = {}
-        for name, begin, end in self.marks[first:]:
+        for name, begin, end in marks:
             spent[name] = spent.get(name, 0) + self.ms(begin, end) / steps
-        total = self.ms(self.marks[first][1], self.marks[-1][2]) / steps
+        total = self.ms(marks[0][1], marks[-1][2]) / steps
         work = self.args.batch // self.processes.world * (3 * self.flops["student"] + self.flops["teachers"])
         print(f"\n{'part':16}{'ms/step':>10}{'share':>8}")
         for name, ms in {**spent, "rest": total - sum(spent.values())}.items():
@@ -776,30 +770,14 @@ def count_flops(model, teachers, args):
     """Floating-point operations of one image: {"student": forward, "teachers": forward}, on tensors without content."""
     image = torch.empty(1, 3, args.image_size, args.image_size, device="meta")
     grid = (args.image_size // args.patch_size,) * 2
-    counts = {"student": 0, "teachers": 0}
-    for kind, module in [("student", model), *(("teachers", teacher) for teacher in teachers.values())]:
-        module = copy.deepcopy(module).to("meta", torch.float32)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            # a teacher's forward() asks for autocast, which "meta" has none of
-            module.features(image, grid) if kind == "teachers" else module(image)
-        counts[kind] += counter.get_total_flops()
-    return counts
-
-def matmul_rate(clock):
-    """The device's measured rate of large matrix products, FLOP/s: what MFU is a share of."""
-    n = 8192 if clock.cuda else 1024
-    dtype = torch.bfloat16 if clock.args.dtype == "bf16" else torch.float32
-    a, b = torch.randn(2, n, n, device=clock.processes.device, dtype=dtype)
-    best = math.inf
-    for _ in range(10):
-        begin = clock.now()
-        for _ in range(5):
-            a @ b
-        end = clock.now()
-        if clock.cuda:
-            torch.cuda.synchronize()
-        best = min(best, clock.ms(begin, end))
-    return 5 * 2 * n**3 / best * 1000
+    student, *others = [copy.deepcopy(module).to("meta", torch.float32) for module in (model, *teachers.values())]
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as forward:
+            student(image)
+        with FlopCounterMode(display=False) as teaching:
+            for teacher in others:
+                teacher.features(image, grid)  # its forward() asks for autocast, which "meta" has none of
+    return {"student": forward.get_total_flops(), "teachers": teaching.get_total_flops()}
 
 # ---- The command line ------------------------------------------------------------------------------------------------
 
