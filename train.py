@@ -16,7 +16,6 @@ import glob
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -130,7 +129,7 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(groups_of_parameters, args.lr, betas=(0.9, 0.99), eps=args.eps, fused=True)
     start = checkpoint.restore(optimizer)
     describe(args, processes, model)
-    grid = (args.image_size // args.patch_size,) * 2  # of the student's tokens: teachers resize images to have the same
+    grid = args.grid  # of the student's tokens: teachers resize images to have the same
     if not checkpoint.before and not args.bench:
         checkpoint.before = evaluation.held_out_losses(model, teachers, held_out["image"], grid)
     clock = Clock(args, processes, model, teachers)
@@ -169,7 +168,8 @@ def main(argv=None):
             log.add(part, losses.detach(), terms, coefficients, total.detach(), part_weight)
 
         with clock.span("optimiser"):                                # 4. one update
-            set_lr(optimizer, lr_at(step, args.steps, args.lr * args.batch / 256, args.min_lr, args.warmup))
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(step, args.steps, args.lr * args.batch / 256, args.min_lr, args.warmup)
             scale = processes.world / processes.sum(weight)          # DDP's gradients are sums / world, ours / sum(c)
             norm, skipped = update(parameters, optimizer, scale, args.clip)
 
@@ -271,10 +271,6 @@ def momentum_at(step, steps):
     """How far the running statistics move towards the batch's at a step: a cosine from 1 to 0.001 over the run."""
     return 0.001 + 0.999 * (1 + math.cos(math.pi * step / steps)) / 2
 
-def set_lr(optimizer, lr):
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
 def parameter_groups(model, weight_decay):
     learned = [p for p in model.parameters() if p.requires_grad]
     return [{"params": [p for p in learned if p.ndim > 1], "weight_decay": weight_decay},
@@ -352,9 +348,8 @@ def describe(args, processes, model):
 
 def finish(args, model, teachers, held_out, before, log):
     """The table and the paths that a run ends with."""
-    grid = (args.image_size // args.patch_size,) * 2
     with torch.compiler.set_stance("force_eager"):
-        after = evaluation.held_out_losses(model, teachers, held_out["image"], grid)
+        after = evaluation.held_out_losses(model, teachers, held_out["image"], args.grid)
         shown = held_out["image"][held_out["show"]]
         picture = evaluation.pca_sheet(model, teachers, shown, f"{args.out}/pca.png")
     print(f"\nloss on {len(held_out['image'])} {held_out['what']}")
@@ -427,11 +422,11 @@ class Log:
         self.bar.set_postfix_str(" ".join(f"{t} {record[t]['loss']:.3f}" for t in self.args.teachers), refresh=False)
         if self.enabled:
             self.append(self.path, json.dumps(record) + "\n")
-        if self.streak.item() >= 10:
+        streak = int(self.streak.item())
+        if streak >= 10:
             saved = f"{self.args.out}/checkpoint.pt"
             saved = f"the last good state is in {saved}" if os.path.exists(saved) else "nothing has been saved yet"
-            raise Oops(f"the loss was not finite for {int(self.streak.item())} steps until step {done} "
-                       f"({fault(record)}); {saved}")
+            raise Oops(f"the loss was not finite for {streak} steps until step {done} ({fault(record)}); {saved}")
 
     def record(self, done, lr):
         """A line of the log: means over all processes since the last one; a name teacher/… goes under its teacher."""
@@ -513,11 +508,10 @@ class Checkpoint:
             return 0
         try:
             optimizer.load_state_dict(self.state["optimizer"])
-            fits = all(state["exp_avg"].shape == p.shape for p, state in optimizer.state.items())
+            if any(state["exp_avg"].shape != p.shape for p, state in optimizer.state.items()):
+                raise ValueError
         except (AttributeError, KeyError, TypeError, ValueError):
-            fits = False
-        if not fits:
-            raise Oops(f"{self.path}: the optimiser's state is not of this model; --resume no begins anew")
+            raise Oops(f"{self.path}: the optimiser's state is not of this model; --resume no begins anew") from None
         self.before = self.state["held_out"]
         self.done = self.state["step"]
         return self.done
@@ -553,26 +547,22 @@ def save(path, content, keep=1, milestone=None):
 
     keep > 1 keeps the latest ones also as checkpoint-STEP.pt; milestone: a name under which this one is kept for good.
     """
-    with dune.writing(path) as file:
-        torch.save(content, file)
-        file.flush()
-        try:
-            broken = zipfile.ZipFile(file.name).testzip()
-        except (EOFError, zipfile.BadZipFile):
-            broken = True
-        if broken:
-            raise OSError(0, "what was written does not read back; does another run write there, too?")
     stem = path.removesuffix(".pt")
-    names = [f"{stem}-{content['step']:08d}.pt"] if keep > 1 else []
+    names = [path]
+    if keep > 1:
+        names.append(f"{stem}-{content['step']:08d}.pt")
     if milestone:
         names.append(f"{os.path.dirname(path)}/{milestone}.pt")
     for name in names:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(name)
-        try:
-            os.link(path, name)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, name)
+        with dune.writing(name) as file:
+            torch.save(content, file)
+            file.flush()
+            try:
+                broken = zipfile.ZipFile(file.name).testzip()
+            except (EOFError, zipfile.BadZipFile):
+                broken = True
+            if broken:
+                raise OSError(0, "what was written does not read back; does another run write there, too?")
     for name in sorted(glob.glob(f"{glob.escape(stem)}-????????.pt"))[:-keep]:
         os.remove(name)
 
@@ -769,14 +759,13 @@ class Clock:
 def count_flops(model, teachers, args):
     """Floating-point operations of one image: {"student": forward, "teachers": forward}, on tensors without content."""
     image = torch.empty(1, 3, args.image_size, args.image_size, device="meta")
-    grid = (args.image_size // args.patch_size,) * 2
     student, *others = [copy.deepcopy(module).to("meta", torch.float32) for module in (model, *teachers.values())]
     with torch.no_grad():
         with FlopCounterMode(display=False) as forward:
             student(image)
         with FlopCounterMode(display=False) as teaching:
             for teacher in others:
-                teacher.features(image, grid)  # its forward() asks for autocast, which "meta" has none of
+                teacher.features(image, args.grid)  # its forward() asks for autocast, which "meta" has none of
     return {"student": forward.get_total_flops(), "teachers": teaching.get_total_flops()}
 
 # ---- The command line ------------------------------------------------------------------------------------------------
@@ -792,6 +781,7 @@ def parse(argv=None):
 def check(args, processes):
     """Settle what depends on the machine; what contradicts itself in the arguments is an Oops."""
     args.batch = args.batch or 128 * processes.world
+    args.grid = (args.image_size // args.patch_size,) * 2
     args.steps = args.steps or math.ceil(args.epochs * args.epoch_images / args.batch)
     if args.bench:
         args.steps = WARM + args.bench
@@ -812,14 +802,11 @@ def check(args, processes):
         raise Oops(f"--accumulate {args.accumulate} is more than the {share} images of each process")
     if args.preset == "stage2" and not args.init:
         raise Oops("--preset stage2 starts from stage 1: add --init out/stage1/checkpoint.pt")
-    weights = {}
-    for item in args.weights:
-        name, equals, path = item.partition("=")
-        if not equals or name not in (*args.teachers, args.init):
-            raise Oops(f"--weights {item}: write TEACHER=FILE, of the run's teachers: {', '.join(args.teachers)}")
-        weights[name] = path
-    args.weights = weights
-    if args.random_teachers and weights:
+    args.weights = dict(item.partition("=")[::2] for item in args.weights)
+    for name, path in args.weights.items():
+        if not path or name not in (*args.teachers, args.init):
+            raise Oops(f"--weights {name}: write TEACHER=FILE, of the run's teachers: {', '.join(args.teachers)}")
+    if args.random_teachers and args.weights:
         raise Oops("--random-teachers and --weights contradict each other")
 
 if __name__ == "__main__":
