@@ -336,16 +336,16 @@ def update_norms(norms, features, momentum):
     stat <- (1 - m) stat + m batch_stat.
     """
     keys = [(t, kind) for t in norms for kind in norms[t].normalizers]
-    mine = gathered = torch.cat([moments(features[t][kind]) for t, kind in keys])[None]
+    mine = [moments(features[t][kind]) for t, kind in keys]
+    sent = gathered = torch.cat(mine)[None]
     if dist.is_initialized() and dist.get_world_size() > 1:
-        gathered = mine.new_empty(dist.get_world_size(), mine.shape[1])
-        dist.all_gather_into_tensor(gathered, mine)
+        gathered = sent.new_empty(dist.get_world_size(), sent.shape[1])
+        dist.all_gather_into_tensor(gathered, sent)
     statistics = {t: {} for t in norms}
-    parts = gathered.split([1 + 2 * len(norms[t].normalizers[kind].mean) for t, kind in keys], 1)
-    for (t, kind), part in zip(keys, parts):
+    for (t, kind), part in zip(keys, gathered.split([len(x) for x in mine], 1)):
         running = norms[t].normalizers[kind]
-        counts, means, m2s = part.split([1, len(running.mean), len(running.mean)], 1)
-        count, mean, m2 = kernels.merge_moments(counts[:, 0], means, m2s)
+        means, m2s = part[:, 1:].chunk(2, 1)
+        count, mean, m2 = kernels.merge_moments(part[:, 0], means, m2s)
         std = (m2 / (count - 1).clamp(min=1)).sqrt()
         statistics[t][kind] = norms[t].statistics(kind, (mean, std))  # before the update: UNIC takes the average so far
         # One bad batch must not spoil the averages for good.
@@ -736,10 +736,7 @@ def option(default, text, low=0, high=1e9, choices=None, kind=None, **how):
     kind = kind or (str if isinstance(default, (list, tuple, type(None))) else type(default))
 
     def read(word):
-        try:
-            value = kind(word)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {word!r}") from None
+        value = kind(word)
         if kind is not str and not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{word} is not between {low:g} and {high:g}")
         if choices and value not in choices:
@@ -747,6 +744,7 @@ def option(default, text, low=0, high=1e9, choices=None, kind=None, **how):
         if kind is str and not (word and word.isprintable()):
             raise argparse.ArgumentTypeError(f"{word!r} is empty, or no text")
         return value
+    read.__name__ = kind.__name__  # a ValueError is told by argparse as "invalid int value"
     text = text.replace("%", "%%") + ("" if default in (None, False, [], ()) else f" (default: {default})")
     if kind is bool:
         return {"action": "store_true", "help": text}

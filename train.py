@@ -129,9 +129,8 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(groups_of_parameters, args.lr, betas=(0.9, 0.99), eps=args.eps, fused=True)
     start = checkpoint.restore(optimizer)
     describe(args, processes, model)
-    grid = args.grid  # of the student's tokens: teachers resize images to have the same
     if not checkpoint.before and not args.bench:
-        checkpoint.before = evaluation.held_out_losses(model, teachers, held_out["image"], grid)
+        checkpoint.before = evaluation.held_out_losses(model, teachers, held_out["image"], args.grid)
     clock = Clock(args, processes, model, teachers)
     ddp = processes.share(compiled(args, model, teachers, device), args.compress)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
@@ -142,15 +141,16 @@ def main(argv=None):
     processes.listen()
 
     for step in range(start, args.steps):
+        seed = args.seed + 7919 * step
         with clock.span("data"):
             batch = log.waiting(batches)                             # this process's share of global batch `step`
-            torch.manual_seed(seed_of(args, step) + 1 + processes.rank)  # for stochastic depth: nothing to save
+            torch.manual_seed(seed + 1 + processes.rank)             # for stochastic depth: nothing to save
             images = data.augment(batch["image"].to(device, non_blocking=True), batch["params"])
             allowed = may_teach[batch["group"].numpy()]              # [b, T]: may teacher j teach image i?
             rows = {t: rows_where(allowed[:, j], device) for j, t in enumerate(args.teachers)}
-            noise = drop_noise(args, processes, step)                # [b, T]
+            noise = drop_noise(args, processes, seed)                # [b, T]
         with clock.span("teachers"):                                 # 1. the frozen teachers, each on its images
-            features = {t: teacher(images[rows[t]], grid) for t, teacher in teachers.items()}
+            features = {t: teacher(images[rows[t]], args.grid) for t, teacher in teachers.items()}
         with clock.span("statistics"):                               # 2. mean and std per channel, over all processes
             statistics = dune.update_norms(model.teacher_norms, features, momentum_at(step, args.steps))
 
@@ -192,18 +192,15 @@ def main(argv=None):
 
 # ---- A step's parts --------------------------------------------------------------------------------------------------
 
-def seed_of(args, step):
-    return args.seed + 7919 * step
-
-def drop_noise(args, processes, step):
+def drop_noise(args, processes, seed):
     """Uniform numbers for teacher dropping, [b, T]: this process's rows of those of the global batch."""
-    chance = torch.Generator().manual_seed(seed_of(args, step))
+    chance = torch.Generator().manual_seed(seed)
     noise = torch.rand(args.batch, len(args.teachers), generator=chance)
     return noise.chunk(processes.world)[processes.rank]
 
 def rows_where(allowed, device):
-    """Which images a teacher teaches, as an index into them: slice(None) if it is all of them. `allowed` [b] is a numpy
-    array, for the host must know: asking a device would wait for it."""
+    """Which images a teacher teaches, an index into them: slice(None) if all. `allowed` [b] is a numpy array, for the
+    host must know: asking a device would wait for it."""
     return slice(None) if allowed.all() else there(np.flatnonzero(allowed), device)
 
 def there(array, device):
@@ -225,19 +222,20 @@ def parts(number, images, features, allowed, noise, ddp):
     A teacher without an image in a part gets the first one and a feature of zeros, which counts for nothing, for it may
     not teach that image: its projector must take part in every backward pass, or DDP would wait for it for ever.
     """
+    device = images.device
     edges = [len(images) * i // number for i in range(number + 1)]
     for first, last in zip(edges, edges[1:]):
         rows, targets = {}, {}
         for j, (t, tokens) in enumerate(features.items()):
             low, high = allowed[:first, j].sum(), allowed[:last, j].sum()  # they are of a teacher's own images alone
-            rows[t] = rows_where(allowed[first:last, j], images.device)
+            rows[t] = rows_where(allowed[first:last, j], device)
             targets[t] = {kind: x[low:high] for kind, x in tokens.items() if x is not None}
             if low == high:
-                rows[t] = torch.zeros(1, dtype=torch.int64, device=images.device)
+                rows[t] = torch.zeros(1, dtype=torch.int64, device=device)
                 targets[t] = {kind: x.new_zeros(1, *x.shape[1:]) for kind, x in targets[t].items()}
         wait = last < len(images) and isinstance(ddp, DistributedDataParallel)
-        yield Part(images[first:last], rows, targets, there(allowed[first:last], images.device),
-                   noise[first:last].to(images.device, non_blocking=True),
+        yield Part(images[first:last], rows, targets, there(allowed[first:last], device),
+                   noise[first:last].to(device, non_blocking=True),
                    ddp.no_sync() if wait else contextlib.nullcontext())
 
 def update(parameters, optimizer, scale, clip):
@@ -585,8 +583,7 @@ class Processes:
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.set_device(self.device)
-            torch.backends.cuda.matmul.allow_tf32 = True
-            torch.backends.cudnn.allow_tf32 = True
+            torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions have it by default
         else:
             torch.set_num_threads(max(1, int(self.cores)))
         # torch 2.13 has new names for what 2.11 knows by these alone
@@ -603,8 +600,7 @@ class Processes:
         """The model behind DistributedDataParallel, if there are several processes."""
         if self.world == 1:
             return model
-        ddp = DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None,
-                                      broadcast_buffers=False, gradient_as_bucket_view=True)
+        ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
         if compress:
             ddp.register_comm_hook(None, average_in_bf16)
         return ddp
@@ -697,7 +693,9 @@ class Clock:
         self.cuda = processes.device.type == "cuda"
         self.marks = []
         if args.bench:
-            self.flops = count_flops(model, teachers, args)
+            image = torch.empty(1, 3, args.image_size, args.image_size, device="meta")
+            self.student = 3 * count_flops(model, image)  # forward and backward
+            self.teachers = sum(count_flops(teacher, image, args.grid) for teacher in teachers.values())
 
     @contextlib.contextmanager
     def span(self, name):
@@ -742,31 +740,28 @@ class Clock:
         for name, begin, end in marks:
             spent[name] = spent.get(name, 0) + self.ms(begin, end) / steps
         total = self.ms(marks[0][1], marks[-1][2]) / steps
-        work = self.args.batch // self.processes.world * (3 * self.flops["student"] + self.flops["teachers"])
+        work = self.args.batch // self.processes.world * (self.student + self.teachers)
         print(f"\n{'part':16}{'ms/step':>10}{'share':>8}")
         for name, ms in {**spent, "rest": total - sum(spent.values())}.items():
             print(f"{name:16}{ms:10.2f}{ms / total:8.1%}")
         rate_of_images = self.args.batch / total * 1000
         print(f"{'all':16}{total:10.2f}   {rate_of_images:.1f} images/s, {self.processes.world} process(es)")
-        print(f"{work / 1e12:.3f} TFLOP per step and process ({3 * self.flops['student'] / 1e9:.1f} GFLOP an image for "
-              f"the student, forward and backward, {self.flops['teachers'] / 1e9:.1f} for the teachers)")
+        print(f"{work / 1e12:.3f} TFLOP per step and process ({self.student / 1e9:.1f} GFLOP an image for the "
+              f"student, forward and backward, {self.teachers / 1e9:.1f} for the teachers)")
         print(f"{work / total / 1e9:.2f} TFLOP/s, {work / total * 1000 / rate:.1%} of the {rate / 1e12:.2f} TFLOP/s "
               f"that large {self.args.dtype} matrix products reach here (MFU)\n"
               f"peak memory {memory(self.processes.device) or math.nan:.2f} GB")
         if self.args.random_teachers:
             print("the teachers' weights are random (--random-teachers): speed is real, losses mean nothing")
 
-def count_flops(model, teachers, args):
-    """Floating-point operations of one image: {"student": forward, "teachers": forward}, on tensors without content."""
-    image = torch.empty(1, 3, args.image_size, args.image_size, device="meta")
-    student, *others = [copy.deepcopy(module).to("meta", torch.float32) for module in (model, *teachers.values())]
-    with torch.no_grad():
-        with FlopCounterMode(display=False) as forward:
-            student(image)
-        with FlopCounterMode(display=False) as teaching:
-            for teacher in others:
-                teacher.features(image, args.grid)  # its forward() asks for autocast, which "meta" has none of
-    return {"student": forward.get_total_flops(), "teachers": teaching.get_total_flops()}
+def count_flops(module, *inputs):
+    """Floating-point operations of module(*inputs), on tensors without content."""
+    module = copy.deepcopy(module).to("meta", torch.float32)
+    # A teacher's forward() asks for autocast, which "meta" has none of.
+    forward = getattr(module, "features", module)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        forward(*inputs)
+    return counter.get_total_flops()
 
 # ---- The command line ------------------------------------------------------------------------------------------------
 
@@ -781,7 +776,7 @@ def parse(argv=None):
 def check(args, processes):
     """Settle what depends on the machine; what contradicts itself in the arguments is an Oops."""
     args.batch = args.batch or 128 * processes.world
-    args.grid = (args.image_size // args.patch_size,) * 2
+    args.grid = (args.image_size // args.patch_size,) * 2  # of tokens: teachers resize their images to have the same
     args.steps = args.steps or math.ceil(args.epochs * args.epoch_images / args.batch)
     if args.bench:
         args.steps = WARM + args.bench
