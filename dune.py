@@ -680,9 +680,7 @@ def read_safetensors(path):
 def entry(file, key, kind, path, *default):
     """file[key] of a file from outside, if it is of this type (a dict: with strings as keys); if it is missing, the
     default. Oops otherwise."""
-    if default and isinstance(file, dict) and key not in file:
-        return default[0]
-    value = file.get(key) if isinstance(file, dict) else None
+    value = file.get(key, *default) if isinstance(file, dict) else None
     if not isinstance(value, kind) or isinstance(value, dict) and not all(isinstance(k, str) for k in value):
         raise Oops(f"{path} is not the kind of file expected here: it has no '{key}', or something else of that name")
     return value

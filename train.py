@@ -518,7 +518,10 @@ class Checkpoint:
         """Called at the end of each step: write a checkpoint if one is due."""
         self.done = done
         last = done == self.args.steps
-        milestone = self.milestone(done)
+        milestone = None
+        images, every = done * self.args.batch, self.args.milestone_epochs * self.args.epoch_images
+        if every and images % every < self.args.batch:
+            milestone = f"milestone-{images // every * self.args.milestone_epochs:04d}"
         due = stop or last or milestone or done % self.args.save_every == 0
         if not due or self.args.bench or self.processes.rank:
             return
@@ -531,14 +534,6 @@ class Checkpoint:
             if stop or last or not os.path.exists(self.path):
                 raise
             tqdm.write(f"warning: {error}. The run goes on, {self.path} is the older one.", file=sys.stderr)
-
-    def milestone(self, done):
-        """The name of the checkpoint that is kept for good at this step, or None."""
-        every = self.args.milestone_epochs * self.args.epoch_images
-        images = done * self.args.batch
-        if every and images % every < self.args.batch:
-            return f"milestone-{images // every * self.args.milestone_epochs:04d}"
-        return None
 
 def save(path, content, keep=1, milestone=None):
     """Write a checkpoint beside, read it back, and only then give it its name: it is complete or absent.
@@ -570,12 +565,17 @@ class Processes:
     """This process's place among those that torchrun started (or alone), its device, what they say to each other."""
 
     def __init__(self, device="auto"):
-        places = ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")
-        words = [os.environ.get(name, default) for name, default in places]
-        alone = "RANK" not in os.environ
-        if not all(map(str.isdecimal, words)) or int(words[0]) >= int(words[1]) or alone and words[1] != "1":
-            raise misplaced()
-        self.rank, self.world, self.local = map(int, words)
+        started = "RANK" in os.environ  # by torchrun
+        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+        try:
+            self.rank, self.world, self.local = [int(os.environ.get(name, alone[name])) for name in alone]
+            if not 0 <= self.rank < self.world or self.local < 0 or self.world > 1 and not started:
+                raise ValueError
+            store = fresh_store(self.rank) if started else None
+        except ValueError:
+            os.environ.pop("RANK", None)  # else a rank other than 0 keeps silent
+            raise Oops("RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT in the environment do not fit together: "
+                       "start with torchrun, which sets them, or unset them") from None
         self.device = dune.pick_device(device, self.local)
         self.cores = data.cores() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.signalled = 0
@@ -588,12 +588,12 @@ class Processes:
             torch.set_num_threads(max(1, int(self.cores)))
         # torch 2.13 has new names for what 2.11 knows by these alone
         warnings.filterwarnings("ignore", r".*(broadcast_buffers|all_gather_into_tensor).*", FutureWarning)
-        if "RANK" in os.environ:
+        if started:
             if cuda and not dist.is_nccl_available():
                 raise Oops("this torch has no NCCL, which several GPUs need; use one process, or --device cpu")
             patience = timedelta(hours=1)  # the others wait while the first one downloads
-            dist.init_process_group("nccl" if cuda else "gloo", store=fresh_store(self.rank), rank=self.rank,
-                                    world_size=self.world, timeout=patience)
+            dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=self.rank, world_size=self.world,
+                                    timeout=patience)
             self.hosts = dist.new_group(backend="gloo", timeout=patience)
 
     def share(self, model, compress):
@@ -652,10 +652,7 @@ def fresh_store(rank):
     signs in under a new name, the first one publishes the list of names until everybody has found itself in it, and its
     own name is the prefix.
     """
-    try:
-        store, _, world = next(dist.rendezvous("env://"))
-    except ValueError:
-        raise misplaced() from None
+    store, _, world = next(dist.rendezvous("env://"))
     name = os.urandom(8).hex()
     store.set(f"name/{rank}", name)
     while True:
@@ -668,11 +665,6 @@ def fresh_store(rank):
             if rank or store.check([f"{team[0]} has met {other}" for other in team]):
                 return dist.PrefixStore(team[0], store)
         time.sleep(0.05)
-
-def misplaced():
-    os.environ.pop("RANK", None)  # else a rank other than 0 keeps silent
-    return Oops("RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT in the environment do not fit together: start "
-                "with torchrun, which sets them, or unset them")
 
 def average_in_bf16(_, bucket):
     """A communication hook of DDP: half the bytes. (torch's own refuses gloo, so the CPU could not test it.)"""
