@@ -167,7 +167,7 @@ class ViT(nn.Module):
         return outputs if every_block else x[:, self.registers:]
 
     def positions(self, rows, cols, how=None):
-        """The learned position embedding [1, 1 + rows*cols, D] for this grid; at exactly the trained size as it is."""
+        """The learned position embedding [1, (1 +) rows*cols, D] for this grid; at the trained size as it is."""
         how = how or self.position
         if (rows, cols) == (self.grid, self.grid):
             return self.pos_embed

@@ -20,7 +20,6 @@ import signal
 import sys
 import time
 import warnings
-import zipfile
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -456,8 +455,12 @@ class Log:
 
 def fault(record):
     """Which teacher and token type is not finite in a line of the log."""
-    bad = {f"{t}, {name.split('_')[0]} tokens" for t, parts in record.items() if isinstance(parts, dict)
-           for name, value in parts.items() if "_" in name and not math.isfinite(math.nan if value is None else value)}
+    bad = set()
+    for t, parts in record.items():
+        for name, value in parts.items() if isinstance(parts, dict) else ():
+            kind, _, term = name.partition("_")
+            if term and (value is None or not math.isfinite(value)):
+                bad.add(f"{t}, {kind} tokens")
     return "; ".join(sorted(bad)) or "the gradients alone: try a lower --lr"
 
 def memory(device):
@@ -519,7 +522,8 @@ class Checkpoint:
         self.done = done
         last = done == self.args.steps
         milestone = None
-        images, every = done * self.args.batch, self.args.milestone_epochs * self.args.epoch_images
+        images = done * self.args.batch
+        every = self.args.milestone_epochs * self.args.epoch_images
         if every and images % every < self.args.batch:
             milestone = f"milestone-{images // every * self.args.milestone_epochs:04d}"
         due = stop or last or milestone or done % self.args.save_every == 0
@@ -550,12 +554,7 @@ def save(path, content, keep=1, milestone=None):
         with dune.writing(name) as file:
             torch.save(content, file)
             file.flush()
-            try:
-                broken = zipfile.ZipFile(file.name).testzip()
-            except (EOFError, zipfile.BadZipFile):
-                broken = True
-            if broken:
-                raise OSError(0, "what was written does not read back; does another run write there, too?")
+            dune.read_checkpoint(file.name)  # Oops if it does not read back, as when another run writes there, too
     for name in sorted(glob.glob(f"{glob.escape(stem)}-????????.pt"))[:-keep]:
         os.remove(name)
 
@@ -569,7 +568,8 @@ class Processes:
         alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
         try:
             self.rank, self.world, self.local = [int(os.environ.get(name, alone[name])) for name in alone]
-            if not 0 <= self.rank < self.world or self.local < 0 or self.world > 1 and not started:
+            known = 0 <= self.rank < self.world and self.local >= 0
+            if not known or self.world > 1 and not started:
                 raise ValueError
             store = fresh_store(self.rank) if started else None
         except ValueError:
