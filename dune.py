@@ -561,7 +561,7 @@ def load_strictly(module, state, path):
     shape, not of a floating type or not finite, naming it."""
     want = module.state_dict()
     weights = {}
-    for key in sorted(want.keys() | state.keys(), key=str):
+    for key in {**want, **state}:
         x, place = state.get(key), want.get(key)
         if key not in state:
             problem = f"lacks tensor {key}"
