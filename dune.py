@@ -92,8 +92,9 @@ class ViT(nn.Module):
 
     image_size, patch_size   pixels; the learned position embedding covers (image_size // patch_size)^2 patches
     registers, class_token   how many register tokens; whether there is a class token
-    position    a learned embedding, resized to other grids as RESIZE says, or none but a rotary one on q and k of every
-                block: "rope" MASt3R's, "rope_centred" DINOv3's with its periods in the file
+    position    a learned embedding, or none but a rotary one on q and k of every block: "rope" MASt3R's, "rope_centred"
+                DINOv3's with its periods in the file. How a learned one is resized to other grids: "offset" DUNE's and
+                that of DINOv2 without registers, "antialias" of DINOv2 with them, "size" SigLIP's
     layer_scale initial value of LayerScale, or None for none
     drop_path   stochastic depth of the last block, rising linearly from 0 at the first
     eps, gelu   of the LayerNorms and MLPs, see Mlp
@@ -113,7 +114,7 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
         self.register_tokens = nn.Parameter(torch.zeros(1, registers, embed_dim)) if registers else None
         self.pos_embed = None
-        if position in RESIZE:
+        if not position.startswith("rope"):
             self.pos_embed = nn.Parameter(torch.zeros(1, class_token + self.grid**2, embed_dim))
         quarter = embed_dim // num_heads // 4
         centred = position == "rope_centred"
@@ -141,13 +142,13 @@ class ViT(nn.Module):
         rows, cols = token_grid(images, self.patch_size)
         x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)
         x = x.to(self.norm.weight.dtype)  # under autocast, too, what goes from block to block is fp32
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
         if self.pos_embed is not None:
             x = x + self.positions(rows, cols)
         # Registers first, then class and patches: attention does not see the order, and projectors read a plain slice.
-        front = [] if self.register_tokens is None else [self.register_tokens]
-        if self.cls_token is not None:
-            front.append(self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1])
-        x = torch.cat([token.expand(len(x), -1, -1).to(x.dtype) for token in front] + [x], 1)
+        if self.register_tokens is not None:
+            x = torch.cat([self.register_tokens.expand(len(x), -1, -1), x], 1)
         rope = None
         if self.pos_embed is None:
             head_dim = self.embed_dim // self.blocks[0].attn.heads
@@ -163,21 +164,18 @@ class ViT(nn.Module):
         return outputs if every_block else x[:, self.registers:]
 
     def positions(self, rows, cols, how=None):
-        """The learned position embedding [1, rows*cols, D] for this grid; at exactly the trained size as it is."""
-        grid = self.pos_embed[:, -self.grid**2:]
+        """The learned position embedding [1, (1 +) rows*cols, D] for this grid; at the trained size as it is."""
+        how = how or self.position
         if (rows, cols) == (self.grid, self.grid):
-            return grid
+            return self.pos_embed
+        cls, grid = self.pos_embed.tensor_split([-self.grid**2], 1)
+        if how == "offset":  # the 0.1 is DINOv2's own, kept because its weights are used with it
+            to = {"scale_factor": ((rows + 0.1) / self.grid, (cols + 0.1) / self.grid)}
+        else:
+            to = {"size": (rows, cols), "antialias": how == "antialias"}
         grid = grid.float().unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid, mode="bicubic", **RESIZE[how or self.position](rows, cols, self.grid))
-        return grid.permute(0, 2, 3, 1).flatten(1, 2).to(self.pos_embed.dtype)
-
-# How a learned position embedding is brought to another grid: the arguments of a bicubic F.interpolate.
-RESIZE = {
-    # DINOv2 without registers, and DUNE. The 0.1 is DINOv2's own, kept because its weights are used with it.
-    "offset": lambda rows, cols, grid: {"scale_factor": ((rows + 0.1) / grid, (cols + 0.1) / grid)},
-    "antialias": lambda rows, cols, grid: {"size": (rows, cols), "antialias": True},  # DINOv2 with registers
-    "size": lambda rows, cols, grid: {"size": (rows, cols)},                          # SigLIP; a student's second stage
-}
+        grid = F.interpolate(grid, mode="bicubic", **to).permute(0, 2, 3, 1).flatten(1, 2)
+        return torch.cat([cls, grid.to(cls.dtype)], 1)
 
 SIZES = {  # the field's ViT sizes; tiny is this project's own, for the laptop
     "tiny": dict(embed_dim=128, depth=3, num_heads=2),
@@ -212,10 +210,9 @@ def rope_table(rows, cols, prefix, dim, device, periods=None):
     else:
         frequency = 2 * math.pi / periods.float()
         places = [(2 * place + 1) / len(place) - 1 for place in places]
-    y, x = [place[:, None] * frequency for place in places]
-    y = y[:, None].expand(rows, cols, -1)
-    x = x[None].expand(rows, cols, -1)
-    angle = F.pad(torch.cat([y, y, x, x], -1).flatten(0, 1), (0, 0, prefix, 0))
+    y, x = torch.meshgrid(*places, indexing="ij")
+    angle = torch.stack([y, y, x, x], -1)[..., None] * frequency  # [rows, cols, 4, dim / 4]
+    angle = F.pad(angle.flatten(2).flatten(0, 1), (0, 0, prefix, 0))
     return angle.cos(), angle.sin()
 
 def rotate(x, table):
@@ -241,11 +238,7 @@ def init_linear(module):
 class Projector(nn.Module):
     """What a projector is beside its constructor(encoder, out, has_cls) and its forward(tokens)."""
     reads_every_block = False  # else `tokens` is a list: the output of each block of the encoder
-
-    @staticmethod
-    def sizes(state, depth):
-        """What the constructor must be told, beyond its defaults, to load this state dict."""
-        return {}
+    sizes = {}                 # the constructor's other options, and in a state dict the tensor as long as each says
 
 class TransformerProjector(Projector):
     """TP, DUNE's own (paper section 3.2): one ViT block at the student's width, then Linear; all tokens together.
@@ -271,13 +264,12 @@ class SimpleProjector(Projector):
         self.apply(init_linear)
 
     def forward(self, tokens):
-        # Without a class teacher the class column still goes through, so that every projector returns the same shape.
-        cls = self.mlps["cls" if "cls" in self.mlps else "patch"]
-        return torch.cat([cls(tokens[:, :1]), self.mlps["patch"](tokens[:, 1:])], 1)
+        return apart(list(self.mlps.values()), tokens)
 
 class LadderProjector(Projector):
     """LP, UNIC's: a small MLP on the output of every encoder block, summed, own weights for class and patch tokens."""
     reads_every_block = True
+    sizes = {"hidden": "rungs.patch.0.fc1.bias", "last_hidden": "rungs.patch.{last}.fc1.bias"}
 
     def __init__(self, encoder, out, has_cls=True, hidden=768, last_hidden=3072):
         super().__init__()
@@ -288,21 +280,17 @@ class LadderProjector(Projector):
         self.apply(init_linear)
 
     def forward(self, tokens):
-        cls = self.rungs["cls" if "cls" in self.rungs else "patch"]
-        cls = sum(mlp(x[:, :1]) for mlp, x in zip(cls, tokens))
-        patch = sum(mlp(x[:, 1:]) for mlp, x in zip(self.rungs["patch"], tokens))
-        return torch.cat([cls, patch], 1)
-
-    @staticmethod
-    def sizes(state, depth):
-        found = {"hidden": state.get("rungs.patch.0.fc1.bias"),
-                 "last_hidden": state.get(f"rungs.patch.{depth - 1}.fc1.bias")}
-        return {name: bias.numel() for name, bias in found.items() if torch.is_tensor(bias)}
+        return sum(apart(mlps, x) for x, *mlps in zip(tokens, *self.rungs.values()))
 
 PROJECTORS = {"tp": TransformerProjector, "sp": SimpleProjector, "lp": LadderProjector}
 
 def token_kinds(has_cls):
     return ("cls", "patch") if has_cls else ("patch",)
+
+def apart(mlps, tokens):
+    """The class token through the first of token_kinds' MLPs, the patches through the last. Without a class teacher
+    there is one: the class column still goes through, so that every projector returns the same shape."""
+    return torch.cat([mlps[0](tokens[:, :1]), mlps[-1](tokens[:, 1:])], 1)
 
 # ---- Standardisation of the teachers' features -----------------------------------------------------------------------
 
@@ -349,21 +337,19 @@ def update_norms(norms, features, momentum):
     norms {teacher: TeacherNorm}; features {teacher: {"cls": [b, D] or None, "patch": [b, N, D]}}, raw, this process's.
     The statistics are those of the tokens of all processes: each sends one message of 2 D + 1 numbers (count, mean, m2)
     per teacher and token type, and they merge exactly (Chan et al. 1979). The running averages move by `momentum`:
-    stat <- (1 - m) stat + m batch_stat. At momentum 0, which is evaluation, nothing is computed and they are used.
+    stat <- (1 - m) stat + m batch_stat.
     """
     keys = [(t, kind) for t in norms for kind in norms[t].normalizers]
-    if momentum == 0:
-        return {t: {kind: norms[t].statistics(kind) for kind in norms[t].normalizers} for t in norms}
-    mine = gathered = torch.cat([moments(features[t][kind]) for t, kind in keys])[None]
+    mine = [moments(features[t][kind]) for t, kind in keys]
+    sent = gathered = torch.cat(mine)[None]
     if dist.is_initialized() and dist.get_world_size() > 1:
-        gathered = mine.new_empty(dist.get_world_size(), mine.shape[1])
-        dist.all_gather_into_tensor(gathered, mine)
+        gathered = sent.new_empty(dist.get_world_size(), sent.shape[1])
+        dist.all_gather_into_tensor(gathered, sent)
     statistics = {t: {} for t in norms}
-    parts = gathered.split([1 + 2 * len(norms[t].normalizers[kind].mean) for t, kind in keys], 1)
-    for (t, kind), part in zip(keys, parts):
+    for (t, kind), part in zip(keys, gathered.split([len(x) for x in mine], 1)):
         running = norms[t].normalizers[kind]
-        counts, means, m2s = part.split([1, len(running.mean), len(running.mean)], 1)
-        count, mean, m2 = kernels.merge_moments(counts[:, 0], means, m2s)
+        means, m2s = part[:, 1:].chunk(2, 1)
+        count, mean, m2 = kernels.merge_moments(part[:, 0], means, m2s)
         std = (m2 / (count - 1).clamp(min=1)).sqrt()
         statistics[t][kind] = norms[t].statistics(kind, (mean, std))  # before the update: UNIC takes the average so far
         # One bad batch must not spoil the averages for good.
@@ -500,46 +486,53 @@ def load(path_or_name, encoder_only=False):
         path = fetch(PUBLISHED.format(path))
     return model_from(read_checkpoint(path), path, encoder_only)
 
+RENAMED = {  # what published files call otherwise
+    r"^((module|_orig_mod)\.)+": "",
+    r"^lp\.heads\.(\w+)\.(cls|patch)\.(\d+)\.layers\.0\.": r"projectors.\1.rungs.\2.\3.fc1.",
+    r"^lp\.heads\.(\w+)\.(cls|patch)\.(\d+)\.layers\.2\.": r"projectors.\1.rungs.\2.\3.fc2.",
+    r"^teacher_ft_stats\.(\w+)\.": r"teacher_norms.\1.normalizers.",
+}
+
 def model_from(file, path, encoder_only=False):
     """load() for a checkpoint that has been read: {"model": state, …}, of ours, DUNE's or UNIC's."""
+    tensors = dict(entry(file, "model", dict, path))
+    averages = tensors_in(file.get("teacher_ft_stats"), "teacher_ft_stats")  # UNIC keeps them apart
+    tensors.update((key, x.flatten()) for key, x in averages)
     state = {}
-    for key, value in entry(file, "model", dict, path).items():
-        key = re.sub(r"^((module|_orig_mod)\.)+", "", key)
-        key = re.sub(r"^lp\.heads\.(\w+)\.(cls|patch)\.(\d+)\.layers\.0\.", r"projectors.\1.rungs.\2.\3.fc1.", key)
-        key = re.sub(r"^lp\.heads\.(\w+)\.(cls|patch)\.(\d+)\.layers\.2\.", r"projectors.\1.rungs.\2.\3.fc2.", key)
+    for key, value in tensors.items():
+        for published, ours in RENAMED.items():
+            key = re.sub(published, ours, key)
         key = re.sub(r"^(projectors|teacher_norms)\.(\w+)", lambda m: f"{m[1]}.{ALIASES.get(m[2], m[2])}", key)
         state[key] = value
-    encoder_state = plain_keys(below(state, "encoder."))
+    state = plain_keys(state)
+    encoder_state = below(state, "encoder.")
     if not encoder_state:
         raise Oops(f"{path} is no DUNE checkpoint: it holds no 'encoder.…' tensors")
     encoder = vit_from_state(encoder_state, path)
     if encoder_only:
         return load_strictly(encoder, encoder_state, path).eval()
 
-    state = {key: value for key, value in state.items() if not key.startswith("encoder.")}
-    averages = entry(file, "teacher_ft_stats", dict, path, {})  # UNIC keeps them apart: {teacher: {kind: {mean, std}}}
-    for teacher in averages:
-        for kind in entry(averages, teacher, dict, path):
-            for name, value in entry(averages[teacher], kind, dict, path).items():
-                value = value.flatten() if torch.is_tensor(value) else value
-                state[f"teacher_norms.{ALIASES.get(teacher, teacher)}.normalizers.{kind}.{name}"] = value
     teachers = {}
     for key, value in state.items():
-        found = re.fullmatch(r"teacher_norms\.(\w+)\.normalizers\.patch\.mean", key)
-        if found and torch.is_tensor(value):
-            teachers[found[1]] = (value.numel(), key.replace(".patch.", ".cls.") in state)
-    recipe = entry(file, "args", (dict, argparse.Namespace), path, {})
-    recipe = recipe if isinstance(recipe, dict) else {}  # a published one's words mean other things
-    marks = {"rungs": "lp", "mlps": "sp"}  # files without a recipe: the published ones, or a bare state dict
-    guess = next((marks[word] for key in state for word in key.split(".")[2:3] if word in marks), "tp")
+        match = re.fullmatch(r"teacher_norms\.(\w+)\.normalizers\.patch\.mean", key)
+        if match and torch.is_tensor(value):
+            teachers[match[1]] = (value.numel(), key.replace(".patch.", ".cls.") in state)
+    recipe = file.get("args")
+    if not isinstance(recipe, dict):  # a bare state dict, or a published one, whose words mean other things
+        recipe = {}
+    keys = " ".join(state)
+    guess = "lp" if ".rungs." in keys else "sp" if ".mlps." in keys else "tp"
     projector = str(recipe.get("projector", guess))
-    norm = recipe.get("norm", "unic" if averages else "dune")
+    norm = recipe.get("norm", "unic" if "teacher_ft_stats" in file else "dune")
     if projector not in PROJECTORS or norm not in ("dune", "unic"):
         raise Oops(f"{path} was trained with --projector {projector} --norm {norm}, which this code does not know")
-    sizes = PROJECTORS[projector].sizes(below(state, f"projectors.{next(iter(teachers), '')}."), len(encoder.blocks))
+    sizes = {}
+    for name, key in PROJECTORS[projector].sizes.items():
+        x = state.get(f"projectors.{next(iter(teachers), '')}.{key.format(last=len(encoder.blocks) - 1)}")
+        if torch.is_tensor(x):
+            sizes[name] = x.numel()
     with torch.device("meta"):
         model = DUNE(encoder, teachers, projector, norm, **sizes)
-    state.update({f"encoder.{key}": value for key, value in encoder_state.items()})
     return load_strictly(model, state, path).eval()
 
 def vit_from_state(state, path, **options):
@@ -560,10 +553,8 @@ def vit_from_state(state, path, **options):
 
 def plain_keys(state):
     """Published encoder keys in ViT's own names: blocks.0.{i}.… is blocks.{i}.…, and the unused mask token goes."""
-    nested = any(re.match(r"blocks\.\d+\.\d+\.", key) for key in state)
-    state = {re.sub(r"^blocks\.\d+\.", "blocks.", key) if nested else key: value for key, value in state.items()}
-    state.pop("mask_token", None)
-    return state
+    kept = [key for key in state if not key.endswith("mask_token")]
+    return {re.sub(r"\bblocks\.\d+\.(?=\d+\.)", "blocks.", key): state[key] for key in kept}
 
 def below(state, prefix):
     """The entries of a state dict whose keys begin with `prefix`, without it."""
@@ -573,23 +564,24 @@ def load_strictly(module, state, path):
     """Load `state` into `module` (also one on "meta"), as fp32. Oops for a tensor that is missing, extra, of another
     shape, not of a floating type or not finite, naming it."""
     want = module.state_dict()
-    both = want.keys() & state.keys()
     weights = {}
-    for key in both:
-        if torch.is_tensor(state[key]) and state[key].is_floating_point():
-            weights[key] = state[key].to(torch.float32, copy=True)
-    problems = {"lacks": want.keys() - state.keys(), "has the unknown": state.keys() - want.keys(),
-                "has no numbers in": both - weights.keys(),
-                "has the wrong shape for": {key for key in weights if weights[key].shape != want[key].shape},
-                # Beyond 1e8 no weight was ever learned: a bit has been flipped in a format without checksums.
-                "has NaN, infinity or senseless numbers in":
-                    {key for key, value in weights.items() if not (value.abs() <= 1e8).all()}}
-    for problem, keys in problems.items():
-        if keys:
-            key = min(keys, key=str)
-            shapes = f" ({list(state[key].shape)}, expected {list(want[key].shape)})" if "shape" in problem else ""
-            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise Oops(f"{path}: the file {problem} tensor {key}{shapes}{more}; is it the right file for this model?")
+    for key in {**want, **state}:
+        x, place = state.get(key), want.get(key)
+        if key not in state:
+            problem = f"lacks tensor {key}"
+        elif place is None:
+            problem = f"has the unknown tensor {key}"
+        elif not torch.is_tensor(x) or not x.is_floating_point():
+            problem = f"has no numbers in tensor {key}"
+        elif x.shape != place.shape:
+            problem = f"has the wrong shape for tensor {key} ({list(x.shape)}, expected {list(place.shape)})"
+        # Beyond 1e8 no weight was ever learned: a bit has been flipped in a format without checksums.
+        elif not (x.float().abs() <= 1e8).all():
+            problem = f"has NaN, infinity or senseless numbers in tensor {key}"
+        else:
+            weights[key] = x.to(torch.float32, copy=True)
+            continue
+        raise Oops(f"{path}: the file {problem}; is it the right file for this model?")
     module.load_state_dict(weights, assign=True)
     return module
 
@@ -635,16 +627,18 @@ def read_checkpoint(path):
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols: what it cannot read is told below
             content = torch.load(path, map_location="cpu", weights_only=True)
-        if not all(map(is_plain, tensors_in(content))):
-            raise Oops(f"cannot read {path}: it holds a tensor that is sparse, quantised, or larger than its bytes")
+        for name, x in tensors_in(content):
+            plain = x.layout == torch.strided and x.device.type == "cpu" and not x.is_quantized
+            if not plain or x.numel() * x.element_size() > x.untyped_storage().nbytes():
+                raise Oops(f"cannot read {path}: {name} is sparse, quantised, or larger than its bytes")
         return content
     except (Oops, OSError, MemoryError):
         raise
     except Exception as error:  # torch.load's errors for foreign files are of many types, and long
         found = re.search(r"(?i)unsupported (?:global|class):? (?:global )?([a-z_][\w.]*)", str(error))
-        why = f"it wants to run {found[1]}, which is not allowed" if found else "it is damaged, or not one"
-        if "Unsupported operand" in str(error):
-            why = "it is damaged, or in a pickle protocol that torch.load refuses (torch.save's own, 2, is fine)"
+        why = "it is damaged, not one, or in a pickle protocol that torch.load refuses (torch.save's own, 2, is fine)"
+        if found:
+            why = f"it wants to run {found[1]}, which is not allowed"
         raise Oops(f"cannot read {path} as a checkpoint: {why}") from None
 
 def regular(path):
@@ -658,21 +652,15 @@ def regular(path):
         raise Oops(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}, expected a file")
     return str(path)
 
-def tensors_in(content):
-    """Every tensor in nested dicts, lists and tuples."""
+def tensors_in(content, name=""):
+    """(name, tensor) of every tensor in nested dicts, lists and tuples; the name holds all keys on the way, dotted."""
     if torch.is_tensor(content):
-        yield content
-    if isinstance(content, dict):
-        content = list(content.values())
+        yield name, content
     if isinstance(content, (list, tuple)):
-        for part in content:
-            yield from tensors_in(part)
-
-def is_plain(tensor):
-    """Whether a tensor is dense, on the CPU, and has all of its numbers in memory."""
-    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-        return False
-    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+        content = dict(enumerate(content))
+    if isinstance(content, dict):
+        for key, part in content.items():
+            yield from tensors_in(part, f"{name}.{key}" if name else str(key))
 
 def read_safetensors(path):
     """{name: tensor} of a .safetensors file: 8 bytes for the header's length, the header in JSON, all numbers."""
@@ -696,9 +684,7 @@ def read_safetensors(path):
 def entry(file, key, kind, path, *default):
     """file[key] of a file from outside, if it is of this type (a dict: with strings as keys); if it is missing, the
     default. Oops otherwise."""
-    if default and isinstance(file, dict) and key not in file:
-        return default[0]
-    value = file.get(key) if isinstance(file, dict) else None
+    value = file.get(key, *default) if isinstance(file, dict) else None
     if not isinstance(value, kind) or isinstance(value, dict) and not all(isinstance(k, str) for k in value):
         raise Oops(f"{path} is not the kind of file expected here: it has no '{key}', or something else of that name")
     return value
@@ -752,10 +738,7 @@ def option(default, text, low=0, high=1e9, choices=None, kind=None, **how):
     kind = kind or (str if isinstance(default, (list, tuple, type(None))) else type(default))
 
     def read(word):
-        try:
-            value = kind(word)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"invalid {kind.__name__} value: {word!r}") from None
+        value = kind(word)
         if kind is not str and not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{word} is not between {low:g} and {high:g}")
         if choices and value not in choices:
@@ -763,6 +746,7 @@ def option(default, text, low=0, high=1e9, choices=None, kind=None, **how):
         if kind is str and not (word and word.isprintable()):
             raise argparse.ArgumentTypeError(f"{word!r} is empty, or no text")
         return value
+    read.__name__ = kind.__name__  # a ValueError is told by argparse as "invalid int value"
     text = text.replace("%", "%%") + ("" if default in (None, False, [], ()) else f" (default: {default})")
     if kind is bool:
         return {"action": "store_true", "help": text}

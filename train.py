@@ -16,12 +16,10 @@ import glob
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
 import warnings
-import zipfile
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -130,9 +128,8 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(groups_of_parameters, args.lr, betas=(0.9, 0.99), eps=args.eps, fused=True)
     start = checkpoint.restore(optimizer)
     describe(args, processes, model)
-    grid = (args.image_size // args.patch_size,) * 2  # of the student's tokens: teachers resize images to have the same
     if not checkpoint.before and not args.bench:
-        checkpoint.before = evaluation.held_out_losses(model, teachers, held_out["image"], grid)
+        checkpoint.before = evaluation.held_out_losses(model, teachers, held_out["image"], args.grid)
     clock = Clock(args, processes, model, teachers)
     ddp = processes.share(compiled(args, model, teachers, device), args.compress)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
@@ -143,20 +140,21 @@ def main(argv=None):
     processes.listen()
 
     for step in range(start, args.steps):
+        seed = args.seed + 7919 * step
         with clock.span("data"):
             batch = log.waiting(batches)                             # this process's share of global batch `step`
-            torch.manual_seed(seed_of(args, step) + 1 + processes.rank)  # for stochastic depth: nothing to save
+            torch.manual_seed(seed + 1 + processes.rank)             # for stochastic depth: nothing to save
             images = data.augment(batch["image"].to(device, non_blocking=True), batch["params"])
             allowed = may_teach[batch["group"].numpy()]              # [b, T]: may teacher j teach image i?
-            rows = {t: rows_where(allowed[:, j]) for j, t in enumerate(args.teachers)}
-            noise = drop_noise(args, processes, step)                # [b, T]
+            rows = {t: rows_where(allowed[:, j], device) for j, t in enumerate(args.teachers)}
+            noise = drop_noise(args, processes, seed)                # [b, T]
         with clock.span("teachers"):                                 # 1. the frozen teachers, each on its images
-            features = {t: teacher(take(images, rows[t]), grid) for t, teacher in teachers.items()}
+            features = {t: teacher(images[rows[t]], args.grid) for t, teacher in teachers.items()}
         with clock.span("statistics"):                               # 2. mean and std per channel, over all processes
             statistics = dune.update_norms(model.teacher_norms, features, momentum_at(step, args.steps))
 
         weight = 0                                                   # 3. the student; sum(c) so far
-        for part in parts(args.accumulate, images, rows, features, allowed, noise, ddp):
+        for part in parts(args.accumulate, images, features, allowed, noise, ddp):
             with clock.span("student"), part.sync, autocast:         # whether gradients are sent is decided here
                 outputs = ddp(part.images, part.rows)
             with clock.span("loss"):                                 # sum(c * l) / sum(c), divided below
@@ -169,7 +167,8 @@ def main(argv=None):
             log.add(part, losses.detach(), terms, coefficients, total.detach(), part_weight)
 
         with clock.span("optimiser"):                                # 4. one update
-            set_lr(optimizer, lr_at(step, args.steps, args.lr * args.batch / 256, args.min_lr, args.warmup))
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(step, args.steps, args.lr * args.batch / 256, args.min_lr, args.warmup)
             scale = processes.world / processes.sum(weight)          # DDP's gradients are sums / world, ours / sum(c)
             norm, skipped = update(parameters, optimizer, scale, args.clip)
 
@@ -192,26 +191,19 @@ def main(argv=None):
 
 # ---- A step's parts --------------------------------------------------------------------------------------------------
 
-def seed_of(args, step):
-    return args.seed + 7919 * step
-
-def drop_noise(args, processes, step):
+def drop_noise(args, processes, seed):
     """Uniform numbers for teacher dropping, [b, T]: this process's rows of those of the global batch."""
-    chance = torch.Generator().manual_seed(seed_of(args, step))
+    chance = torch.Generator().manual_seed(seed)
     noise = torch.rand(args.batch, len(args.teachers), generator=chance)
     return noise.chunk(processes.world)[processes.rank]
 
-# Which images a teacher teaches is known on the host, as numpy arrays: asking a device would wait for it.
-
-def rows_where(allowed):
-    """Indices of the images, [b] bool, that a teacher teaches; slice(None) if it is all of them."""
-    return slice(None) if allowed.all() else np.flatnonzero(allowed)
+def rows_where(allowed, device):
+    """Which images a teacher teaches, an index into them: slice(None) if all. `allowed` [b] is a numpy array, for the
+    host must know: asking a device would wait for it."""
+    return slice(None) if allowed.all() else there(np.flatnonzero(allowed), device)
 
 def there(array, device):
     return torch.from_numpy(array).to(device, non_blocking=True)
-
-def take(images, rows):
-    return images[rows if isinstance(rows, slice) else there(rows, images.device)]
 
 @dataclass
 class Part:
@@ -223,31 +215,26 @@ class Part:
     noise: torch.Tensor
     sync: object  # a context: only the last part sends gradients
 
-def parts(number, images, rows, features, allowed, noise, ddp):
+def parts(number, images, features, allowed, noise, ddp):
     """A process's batch in so many parts, as equal as may be; features stay views.
 
     A teacher without an image in a part gets the first one and a feature of zeros, which counts for nothing, for it may
     not teach that image: its projector must take part in every backward pass, or DDP would wait for it for ever.
     """
     device = images.device
-    allowed = there(allowed, device)
-    noise = noise.to(device, non_blocking=True)
     edges = [len(images) * i // number for i in range(number + 1)]
     for first, last in zip(edges, edges[1:]):
-        mine, targets = {}, {}
-        for t, index in rows.items():
-            low, high = first, last
-            mine[t] = index
-            if not isinstance(index, slice):
-                low, high = np.searchsorted(index, (first, last))  # features hold a teacher's own images alone
-                mine[t] = there(index[low:high] - first, device)
-            known = {kind: x for kind, x in features[t].items() if x is not None}
-            targets[t] = {kind: x[low:high] for kind, x in known.items()}
+        rows, targets = {}, {}
+        for j, (t, tokens) in enumerate(features.items()):
+            low, high = allowed[:first, j].sum(), allowed[:last, j].sum()  # they are of a teacher's own images alone
+            rows[t] = rows_where(allowed[first:last, j], device)
+            targets[t] = {kind: x[low:high] for kind, x in tokens.items() if x is not None}
             if low == high:
-                mine[t] = torch.zeros(1, dtype=torch.int64, device=device)
-                targets[t] = {kind: x.new_zeros(1, *x.shape[1:]) for kind, x in known.items()}
+                rows[t] = torch.zeros(1, dtype=torch.int64, device=device)
+                targets[t] = {kind: x.new_zeros(1, *x.shape[1:]) for kind, x in targets[t].items()}
         wait = last < len(images) and isinstance(ddp, DistributedDataParallel)
-        yield Part(images[first:last], mine, targets, allowed[first:last], noise[first:last],
+        yield Part(images[first:last], rows, targets, there(allowed[first:last], device),
+                   noise[first:last].to(device, non_blocking=True),
                    ddp.no_sync() if wait else contextlib.nullcontext())
 
 def update(parameters, optimizer, scale, clip):
@@ -281,10 +268,6 @@ def momentum_at(step, steps):
     """How far the running statistics move towards the batch's at a step: a cosine from 1 to 0.001 over the run."""
     return 0.001 + 0.999 * (1 + math.cos(math.pi * step / steps)) / 2
 
-def set_lr(optimizer, lr):
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
 def parameter_groups(model, weight_decay):
     learned = [p for p in model.parameters() if p.requires_grad]
     return [{"params": [p for p in learned if p.ndim > 1], "weight_decay": weight_decay},
@@ -295,21 +278,20 @@ def parameter_groups(model, weight_decay):
 def build_teachers(args, processes):
     """The frozen teachers on the device. The first process of each machine fetches or makes weights, others wait."""
     if args.preset == "tiny" and not args.random_teachers:
-        missing = [t for t in args.teachers if t not in zoo.SPECIALISTS and t not in args.weights]
-        if missing:
-            raise Oops(f"--preset tiny has no specialist for {missing[0]}: it has {', '.join(zoo.SPECIALISTS)}; "
-                       f"or give --weights {missing[0]}=FILE")
         own = [t for t in args.teachers if t not in args.weights]
+        for t in own:
+            if t not in zoo.SPECIALISTS:
+                raise Oops(f"--preset tiny has no specialist for {t}: it has {', '.join(zoo.SPECIALISTS)}; "
+                           f"or give --weights {t}=FILE")
         if processes.local == 0:
             zoo.prepare_specialists(own)
         args.weights.update({t: zoo.specialist_path(t) for t in own})
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    found = {}
-    for turn in (True, False):
-        if turn == (processes.local == 0):
-            for t in args.teachers:
-                weights = "random" if args.random_teachers else args.weights.get(t)
-                found[t] = zoo.load_teacher(t, weights, processes.device, dtype)
+    if processes.local > 0:
+        processes.barrier()
+    weights = dict.fromkeys(args.teachers, "random") if args.random_teachers else args.weights
+    found = {t: zoo.load_teacher(t, weights.get(t), processes.device, dtype) for t in args.teachers}
+    if processes.local == 0:
         processes.barrier()
     return found
 
@@ -337,9 +319,8 @@ def start_from(encoder, other, path):
     """Load another encoder of the same shape. Positions of another grid are resized, to the size; registers that it
     lacks stay the new ones."""
     state = other.state_dict()
-    if other.pos_embed is not None and other.grid != encoder.grid:
-        grid = other.positions(encoder.grid, encoder.grid, "size")
-        state["pos_embed"] = torch.cat([state["pos_embed"][:, :-other.grid**2], grid], 1)
+    if other.pos_embed is not None:
+        state["pos_embed"] = other.positions(encoder.grid, encoder.grid, "size")
     if other.register_tokens is None and encoder.register_tokens is not None:
         state["register_tokens"] = encoder.register_tokens.detach()
     dune.load_strictly(encoder, state, path)
@@ -364,9 +345,8 @@ def describe(args, processes, model):
 
 def finish(args, model, teachers, held_out, before, log):
     """The table and the paths that a run ends with."""
-    grid = (args.image_size // args.patch_size,) * 2
     with torch.compiler.set_stance("force_eager"):
-        after = evaluation.held_out_losses(model, teachers, held_out["image"], grid)
+        after = evaluation.held_out_losses(model, teachers, held_out["image"], args.grid)
         shown = held_out["image"][held_out["show"]]
         picture = evaluation.pca_sheet(model, teachers, shown, f"{args.out}/pca.png")
     print(f"\nloss on {len(held_out['image'])} {held_out['what']}")
@@ -390,7 +370,6 @@ class Log:
         self.enabled = processes.rank == 0 and not args.bench
         self.totals = {"skipped": 0, "bad_images": 0}
         self.sums = {}
-        self.bad = 0
         self.streak = torch.zeros((), device=processes.device)
         self.bar = tqdm(initial=start * args.batch, total=args.steps * args.batch, unit=" images", unit_scale=True,
                         disable=processes.rank != 0, dynamic_ncols=True)
@@ -429,8 +408,8 @@ class Log:
     def step(self, done, optimizer, norm, skipped, bad):
         """The end of a step: the bar, and every so often a line of the log. Ten skipped steps in a row end the run."""
         self.streak = (self.streak + 1) * skipped
-        self.keep({"grad_norm": (torch.where(skipped > 0, 0, norm), 1 - skipped), "skipped": (skipped, skipped)})
-        self.bad += len(bad)
+        self.keep({"grad_norm": (torch.where(skipped > 0, 0, norm), 1 - skipped), "skipped": (skipped, skipped),
+                   "bad_images": (skipped.new_full((), len(bad)), skipped)})
         if bad and not self.args.bench:
             self.append(self.bad_path, "".join(f"{name}\n" for name in bad))
         self.bar.update(self.args.batch)
@@ -440,15 +419,14 @@ class Log:
         self.bar.set_postfix_str(" ".join(f"{t} {record[t]['loss']:.3f}" for t in self.args.teachers), refresh=False)
         if self.enabled:
             self.append(self.path, json.dumps(record) + "\n")
-        if self.streak.item() >= 10:
+        streak = int(self.streak.item())
+        if streak >= 10:
             saved = f"{self.args.out}/checkpoint.pt"
             saved = f"the last good state is in {saved}" if os.path.exists(saved) else "nothing has been saved yet"
-            raise Oops(f"the loss was not finite for {int(self.streak.item())} steps until step {done} "
-                       f"({fault(record)}); {saved}")
+            raise Oops(f"the loss was not finite for {streak} steps until step {done} ({fault(record)}); {saved}")
 
     def record(self, done, lr):
         """A line of the log: means over all processes since the last one; a name teacher/… goes under its teacher."""
-        self.keep({"bad_images": torch.tensor([self.bad, 1.0], device=self.streak.device).unbind()})
         sums = self.processes.sum(torch.stack(list(self.sums.values()))).tolist()
         sums = dict(zip(self.sums, sums))
         self.totals["skipped"] += round(sums.pop("skipped")[0] / self.processes.world)
@@ -463,7 +441,7 @@ class Log:
             teacher, _, part = name.rpartition("/")
             place = record.setdefault(teacher, {}) if teacher else record
             place[part] = total / count if count else None
-        self.sums, self.bad = {}, 0
+        self.sums = {}
         self.seen, self.began, self.waited = done, now, 0.0
         return record
 
@@ -477,8 +455,12 @@ class Log:
 
 def fault(record):
     """Which teacher and token type is not finite in a line of the log."""
-    bad = {f"{t}, {name.split('_')[0]} tokens" for t, parts in record.items() if isinstance(parts, dict)
-           for name, value in parts.items() if "_" in name and not math.isfinite(math.nan if value is None else value)}
+    bad = set()
+    for t, parts in record.items():
+        for name, value in parts.items() if isinstance(parts, dict) else ():
+            kind, _, term = name.partition("_")
+            if term and (value is None or not math.isfinite(value)):
+                bad.add(f"{t}, {kind} tokens")
     return "; ".join(sorted(bad)) or "the gradients alone: try a lower --lr"
 
 def memory(device):
@@ -503,7 +485,6 @@ class Checkpoint:
         self.state = None
         self.before = None      # held-out losses at the start of the run
         self.done = 0
-        self.unsaved = False    # a checkpoint was due and the disk refused it
         if args.resume == "yes" and not args.bench and os.path.exists(self.path):
             self.state = self.read()
         if processes.rank == 0 and not args.bench:  # a place that cannot be written is told before the work
@@ -528,11 +509,10 @@ class Checkpoint:
             return 0
         try:
             optimizer.load_state_dict(self.state["optimizer"])
-            fits = all(state["exp_avg"].shape == p.shape for p, state in optimizer.state.items())
+            if any(state["exp_avg"].shape != p.shape for p, state in optimizer.state.items()):
+                raise ValueError
         except (AttributeError, KeyError, TypeError, ValueError):
-            fits = False
-        if not fits:
-            raise Oops(f"{self.path}: the optimiser's state is not of this model; --resume no begins anew")
+            raise Oops(f"{self.path}: the optimiser's state is not of this model; --resume no begins anew") from None
         self.before = self.state["held_out"]
         self.done = self.state["step"]
         return self.done
@@ -541,8 +521,12 @@ class Checkpoint:
         """Called at the end of each step: write a checkpoint if one is due."""
         self.done = done
         last = done == self.args.steps
-        milestone = self.milestone(done)
-        due = stop or last or milestone or self.unsaved or done % self.args.save_every == 0
+        milestone = None
+        images = done * self.args.batch
+        every = self.args.milestone_epochs * self.args.epoch_images
+        if every and images % every < self.args.batch:
+            milestone = f"milestone-{images // every * self.args.milestone_epochs:04d}"
+        due = stop or last or milestone or done % self.args.save_every == 0
         if not due or self.args.bench or self.processes.rank:
             return
         content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "args": self.recipe,
@@ -550,48 +534,27 @@ class Checkpoint:
                    "held_out": self.before}
         try:
             save(self.path, content, self.args.keep, milestone)
-            self.unsaved = False
         except Oops as error:
             if stop or last or not os.path.exists(self.path):
                 raise
-            if not self.unsaved or done % self.args.save_every == 0:
-                tqdm.write(f"warning: {error}. The run goes on, {self.path} is the older one; trying again.",
-                           file=sys.stderr)
-            self.unsaved = True
-
-    def milestone(self, done):
-        """The name of the checkpoint that is kept for good at this step, or None."""
-        every = self.args.milestone_epochs * self.args.epoch_images
-        reached = done * self.args.batch // every if every else 0
-        if reached == 0 or reached == (done - 1) * self.args.batch // every:
-            return None
-        return f"milestone-{reached * self.args.milestone_epochs:04d}"
+            tqdm.write(f"warning: {error}. The run goes on, {self.path} is the older one.", file=sys.stderr)
 
 def save(path, content, keep=1, milestone=None):
     """Write a checkpoint beside, read it back, and only then give it its name: it is complete or absent.
 
     keep > 1 keeps the latest ones also as checkpoint-STEP.pt; milestone: a name under which this one is kept for good.
     """
-    with dune.writing(path) as file:
-        torch.save(content, file)
-        file.flush()
-        try:
-            whole = zipfile.ZipFile(file.name).testzip() is None
-        except (EOFError, zipfile.BadZipFile):
-            whole = False
-        if not whole:
-            raise OSError(0, "what was written does not read back; does another run write there, too?")
     stem = path.removesuffix(".pt")
-    names = [f"{stem}-{content['step']:08d}.pt"] if keep > 1 else []
+    names = [path]
+    if keep > 1:
+        names.append(f"{stem}-{content['step']:08d}.pt")
     if milestone:
         names.append(f"{os.path.dirname(path)}/{milestone}.pt")
     for name in names:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(name)
-        try:
-            os.link(path, name)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, name)
+        with dune.writing(name) as file:
+            torch.save(content, file)
+            file.flush()
+            dune.read_checkpoint(file.name)  # Oops if it does not read back, as when another run writes there, too
     for name in sorted(glob.glob(f"{glob.escape(stem)}-????????.pt"))[:-keep]:
         os.remove(name)
 
@@ -601,12 +564,18 @@ class Processes:
     """This process's place among those that torchrun started (or alone), its device, what they say to each other."""
 
     def __init__(self, device="auto"):
-        places = ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")
-        words = [os.environ.get(name, default) for name, default in places]
-        alone = "RANK" not in os.environ
-        if not all(map(str.isdecimal, words)) or int(words[0]) >= int(words[1]) or alone and words[1] != "1":
-            raise misplaced()
-        self.rank, self.world, self.local = map(int, words)
+        started = "RANK" in os.environ  # by torchrun
+        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+        try:
+            self.rank, self.world, self.local = [int(os.environ.get(name, alone[name])) for name in alone]
+            known = 0 <= self.rank < self.world and self.local >= 0
+            if not known or self.world > 1 and not started:
+                raise ValueError
+            store = fresh_store(self.rank) if started else None
+        except ValueError:
+            os.environ.pop("RANK", None)  # else a rank other than 0 keeps silent
+            raise Oops("RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT in the environment do not fit together: "
+                       "start with torchrun, which sets them, or unset them") from None
         self.device = dune.pick_device(device, self.local)
         self.cores = data.cores() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.signalled = 0
@@ -614,26 +583,24 @@ class Processes:
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.set_device(self.device)
-            torch.backends.cuda.matmul.allow_tf32 = True
-            torch.backends.cudnn.allow_tf32 = True
+            torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions have it by default
         else:
             torch.set_num_threads(max(1, int(self.cores)))
         # torch 2.13 has new names for what 2.11 knows by these alone
         warnings.filterwarnings("ignore", r".*(broadcast_buffers|all_gather_into_tensor).*", FutureWarning)
-        if "RANK" in os.environ:
+        if started:
             if cuda and not dist.is_nccl_available():
                 raise Oops("this torch has no NCCL, which several GPUs need; use one process, or --device cpu")
             patience = timedelta(hours=1)  # the others wait while the first one downloads
-            dist.init_process_group("nccl" if cuda else "gloo", store=fresh_store(self.rank), rank=self.rank,
-                                    world_size=self.world, timeout=patience)
+            dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=self.rank, world_size=self.world,
+                                    timeout=patience)
             self.hosts = dist.new_group(backend="gloo", timeout=patience)
 
     def share(self, model, compress):
         """The model behind DistributedDataParallel, if there are several processes."""
         if self.world == 1:
             return model
-        ddp = DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None,
-                                      broadcast_buffers=False, gradient_as_bucket_view=True)
+        ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
         if compress:
             ddp.register_comm_hook(None, average_in_bf16)
         return ddp
@@ -685,10 +652,7 @@ def fresh_store(rank):
     signs in under a new name, the first one publishes the list of names until everybody has found itself in it, and its
     own name is the prefix.
     """
-    try:
-        store, _, world = next(dist.rendezvous("env://"))
-    except ValueError:
-        raise misplaced() from None
+    store, _, world = next(dist.rendezvous("env://"))
     name = os.urandom(8).hex()
     store.set(f"name/{rank}", name)
     while True:
@@ -701,11 +665,6 @@ def fresh_store(rank):
             if rank or store.check([f"{team[0]} has met {other}" for other in team]):
                 return dist.PrefixStore(team[0], store)
         time.sleep(0.05)
-
-def misplaced():
-    os.environ.pop("RANK", None)  # else a rank other than 0 keeps silent
-    return Oops("RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT in the environment do not fit together: start "
-                "with torchrun, which sets them, or unset them")
 
 def average_in_bf16(_, bucket):
     """A communication hook of DDP: half the bytes. (torch's own refuses gloo, so the CPU could not test it.)"""
@@ -726,7 +685,9 @@ class Clock:
         self.cuda = processes.device.type == "cuda"
         self.marks = []
         if args.bench:
-            self.flops = count_flops(model, teachers, args)
+            image = torch.empty(1, 3, args.image_size, args.image_size, device="meta")
+            self.student = 3 * count_flops(model, image)  # forward and backward
+            self.teachers = sum(count_flops(teacher, image, args.grid) for teacher in teachers.values())
 
     @contextlib.contextmanager
     def span(self, name):
@@ -743,63 +704,56 @@ class Clock:
         return event
 
     def ms(self, begin, end):
-        return begin.elapsed_time(end) if self.cuda else 1000 * (end - begin)
+        if not self.cuda:
+            return 1000 * (end - begin)
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end)
+
+    def matmul_rate(self):
+        """The device's measured rate of large matrix products, FLOP/s: what MFU is a share of."""
+        n = 8192 if self.cuda else 1024
+        dtype = torch.bfloat16 if self.args.dtype == "bf16" else torch.float32
+        a, b = torch.randn(2, n, n, device=self.processes.device, dtype=dtype)
+        times = []
+        for _ in range(50):
+            begin = self.now()
+            a @ b
+            times.append((begin, self.now()))
+        return 2 * n**3 / min(self.ms(*time) for time in times) * 1000
 
     def report(self):
         """Print where a step's time goes, and how much of the hardware's arithmetic it uses."""
-        if self.cuda:
-            torch.cuda.synchronize()
         steps = self.args.bench
-        rate = matmul_rate(self)
+        rate = self.matmul_rate()
         if self.processes.rank:
             return
-        first = [i for i, (name, _, _) in enumerate(self.marks) if name == "data"][-steps]
+        marks = self.marks[len(self.marks) // (WARM + steps) * WARM:]
         spent = {}
-        for name, begin, end in self.marks[first:]:
+        for name, begin, end in marks:
             spent[name] = spent.get(name, 0) + self.ms(begin, end) / steps
-        total = self.ms(self.marks[first][1], self.marks[-1][2]) / steps
-        work = self.args.batch // self.processes.world * (3 * self.flops["student"] + self.flops["teachers"])
+        total = self.ms(marks[0][1], marks[-1][2]) / steps
+        work = self.args.batch // self.processes.world * (self.student + self.teachers)
         print(f"\n{'part':16}{'ms/step':>10}{'share':>8}")
         for name, ms in {**spent, "rest": total - sum(spent.values())}.items():
             print(f"{name:16}{ms:10.2f}{ms / total:8.1%}")
         rate_of_images = self.args.batch / total * 1000
         print(f"{'all':16}{total:10.2f}   {rate_of_images:.1f} images/s, {self.processes.world} process(es)")
-        print(f"{work / 1e12:.3f} TFLOP per step and process ({3 * self.flops['student'] / 1e9:.1f} GFLOP an image for "
-              f"the student, forward and backward, {self.flops['teachers'] / 1e9:.1f} for the teachers)")
+        print(f"{work / 1e12:.3f} TFLOP per step and process ({self.student / 1e9:.1f} GFLOP an image for the "
+              f"student, forward and backward, {self.teachers / 1e9:.1f} for the teachers)")
         print(f"{work / total / 1e9:.2f} TFLOP/s, {work / total * 1000 / rate:.1%} of the {rate / 1e12:.2f} TFLOP/s "
               f"that large {self.args.dtype} matrix products reach here (MFU)\n"
               f"peak memory {memory(self.processes.device) or math.nan:.2f} GB")
         if self.args.random_teachers:
             print("the teachers' weights are random (--random-teachers): speed is real, losses mean nothing")
 
-def count_flops(model, teachers, args):
-    """Floating-point operations of one image: {"student": forward, "teachers": forward}, on tensors without content."""
-    image = torch.empty(1, 3, args.image_size, args.image_size, device="meta")
-    grid = (args.image_size // args.patch_size,) * 2
-    counts = {"student": 0, "teachers": 0}
-    for kind, module in [("student", model), *(("teachers", teacher) for teacher in teachers.values())]:
-        module = copy.deepcopy(module).to("meta", torch.float32)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            # a teacher's forward() asks for autocast, which "meta" has none of
-            module.features(image, grid) if kind == "teachers" else module(image)
-        counts[kind] += counter.get_total_flops()
-    return counts
-
-def matmul_rate(clock):
-    """The device's measured rate of large matrix products, FLOP/s: what MFU is a share of."""
-    n = 8192 if clock.cuda else 1024
-    dtype = torch.bfloat16 if clock.args.dtype == "bf16" else torch.float32
-    a, b = torch.randn(2, n, n, device=clock.processes.device, dtype=dtype)
-    best = math.inf
-    for _ in range(10):
-        begin = clock.now()
-        for _ in range(5):
-            a @ b
-        end = clock.now()
-        if clock.cuda:
-            torch.cuda.synchronize()
-        best = min(best, clock.ms(begin, end))
-    return 5 * 2 * n**3 / best * 1000
+def count_flops(module, *inputs):
+    """Floating-point operations of module(*inputs), on tensors without content."""
+    module = copy.deepcopy(module).to("meta", torch.float32)
+    # A teacher's forward() asks for autocast, which "meta" has none of.
+    forward = getattr(module, "features", module)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        forward(*inputs)
+    return counter.get_total_flops()
 
 # ---- The command line ------------------------------------------------------------------------------------------------
 
@@ -814,6 +768,7 @@ def parse(argv=None):
 def check(args, processes):
     """Settle what depends on the machine; what contradicts itself in the arguments is an Oops."""
     args.batch = args.batch or 128 * processes.world
+    args.grid = (args.image_size // args.patch_size,) * 2  # of tokens: teachers resize their images to have the same
     args.steps = args.steps or math.ceil(args.epochs * args.epoch_images / args.batch)
     if args.bench:
         args.steps = WARM + args.bench
@@ -834,14 +789,11 @@ def check(args, processes):
         raise Oops(f"--accumulate {args.accumulate} is more than the {share} images of each process")
     if args.preset == "stage2" and not args.init:
         raise Oops("--preset stage2 starts from stage 1: add --init out/stage1/checkpoint.pt")
-    weights = {}
-    for item in args.weights:
-        name, equals, path = item.partition("=")
-        if not equals or name not in (*args.teachers, args.init):
-            raise Oops(f"--weights {item}: write TEACHER=FILE, of the run's teachers: {', '.join(args.teachers)}")
-        weights[name] = path
-    args.weights = weights
-    if args.random_teachers and weights:
+    args.weights = dict(item.partition("=")[::2] for item in args.weights)
+    for name, path in args.weights.items():
+        if not path or name not in (*args.teachers, args.init):
+            raise Oops(f"--weights {name}: write TEACHER=FILE, of the run's teachers: {', '.join(args.teachers)}")
+    if args.random_teachers and args.weights:
         raise Oops("--random-teachers and --weights contradict each other")
 
 if __name__ == "__main__":

@@ -86,8 +86,10 @@ def test_how_positions_are_resized():
     grid = vit.pos_embed[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
     by_factor = F.interpolate(grid, scale_factor=(6.1 / 4, 5.1 / 4), mode="bicubic")
     to_size = F.interpolate(grid, size=(6, 5), mode="bicubic")
-    assert vit.positions(6, 5).equal(by_factor.permute(0, 2, 3, 1).flatten(1, 2))
-    assert vit.positions(6, 5, "size").equal(to_size.permute(0, 2, 3, 1).flatten(1, 2))
+    for how, resized in ((None, by_factor), ("size", to_size)):
+        found = vit.positions(6, 5, how)
+        assert found[:, :1].equal(vit.pos_embed[:, :1])
+        assert found[:, 1:].equal(resized.permute(0, 2, 3, 1).flatten(1, 2))
     assert not vit.positions(6, 5).equal(vit.positions(6, 5, "size"))
 
 
