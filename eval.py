@@ -1502,8 +1502,8 @@ def study_picture(path, scenes, said, grid, side=168, count=3):
     image, _, joint = people[0]["at"]
     true = torch.full((len(people[0]["near"]), len(data.JOINTS), 2), math.nan)
     true[image, joint] = people[0]["truth"]
-    best = people[1]["near"].argmax(1)
-    places = true, people[1]["place"].take_along_dim(best[:, None, :, None], 1)[:, 0]
+    share = (3 * people[1]["near"]).softmax(1)[..., None]  # each joint where its surest patches say, on the average
+    places = true, (share * people[1]["place"]).sum(1)
     bones = bones_of(data.labelled_scenes("people", 0, 60, 28)["joints3d"][:, 0])
 
     def picture(domain, i):

@@ -16,6 +16,7 @@ import glob
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -544,17 +545,17 @@ def save(path, content, keep=1, milestone=None):
 
     keep > 1 keeps the latest ones also as checkpoint-STEP.pt; milestone: a name under which this one is kept for good.
     """
+    with dune.writing(path) as file:
+        torch.save(content, file)
+        file.flush()
+        dune.read_checkpoint(file.name)  # Oops if it does not read back, as when another run writes there, too
     stem = path.removesuffix(".pt")
-    names = [path]
-    if keep > 1:
-        names.append(f"{stem}-{content['step']:08d}.pt")
+    copies = [f"{stem}-{content['step']:08d}.pt"] if keep > 1 else []
     if milestone:
-        names.append(f"{os.path.dirname(path)}/{milestone}.pt")
-    for name in names:
-        with dune.writing(name) as file:
-            torch.save(content, file)
-            file.flush()
-            dune.read_checkpoint(file.name)  # Oops if it does not read back, as when another run writes there, too
+        copies.append(f"{os.path.dirname(path)}/{milestone}.pt")
+    for name in copies:
+        with open(path, "rb") as whole, dune.writing(name) as file:
+            shutil.copyfileobj(whole, file)
     for name in sorted(glob.glob(f"{glob.escape(stem)}-????????.pt"))[:-keep]:
         os.remove(name)
 

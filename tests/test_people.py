@@ -199,7 +199,7 @@ def test_figure_1_shows_a_perfect_student_as_the_truth():
         scenes[domain], said[domain] = (None, None, drawn["image"], truth), truth
     kinds = {key: F.one_hot(said["objects"][key], len(data.KINDS) + 1) * 99.0 for key in ("kind", "patch")}
     at, near, place = said["people"]["at"], torch.zeros(12, 64, 15), torch.zeros(12, 64, 15, 2)
-    near[tuple(at)], place[tuple(at)] = 1, said["people"]["truth"]
+    near[tuple(at)], place[tuple(at)] = 99, said["people"]["truth"]
     said.update(objects=kinds, people={"near": near, "place": place})
 
     def cells(path):
