@@ -364,10 +364,6 @@ def random_crop(width, height, rng, scale):
     h = min(height, max(1, round(width * 4 / 3)))
     return middle(width, height, w, h)
 
-def val_transform(image, size):
-    """Short side to `size`, centre crop: PIL RGB -> uint8 [3, size, size]."""
-    return crop_resize(image, centre(*image.size), size, size)
-
 def fit_image(image, longest, multiple):
     """The whole picture, longest side at most `longest`, both sides multiples of `multiple` (aspect kept that far):
     uint8 [3, h, w]."""

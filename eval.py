@@ -1330,7 +1330,7 @@ def some_images(args, look):
     pictures = [data.load_image(path) for path in args.image]
     images = [data.fit_image(picture, look.size, look.patch) for picture in pictures]
     if len({image.shape for image in images}) > 1:
-        images = [data.val_transform(picture, look.size) for picture in pictures]
+        images = [data.crop_resize(x, data.centre(*x.size), look.size, look.size) for x in pictures]
     return {"image": torch.stack(images), "show": slice(None)}
 
 # ---- Pictures --------------------------------------------------------------------------------------------------------

@@ -384,7 +384,8 @@ def test_validation_batches_are_in_order_and_plain(tmp_path):
     groups = data.parse_data([str(folder(tmp_path / "a", 6))], TEACHERS)
     item = next(data.batches(groups, 28, 6, workers=0, train=False))
     source = groups[0].sources[0]
-    assert torch.equal(item["image"], torch.stack([data.val_transform(source.read(i)[0], 28) for i in range(6)]))
+    squares = [data.crop_resize(*source.read(i, 28, data.centre), 28, 28) for i in range(6)]
+    assert torch.equal(item["image"], torch.stack(squares))
     assert torch.equal(data.augment(item["image"], item["params"]), data.normalise(item["image"]))
 
 def test_a_killed_worker_does_not_end_the_run(tmp_path, capfd):
@@ -515,7 +516,7 @@ def test_odd_images_come_out_as_sensible_rgb(tmp_path):
         expect = ImageOps.exif_transpose(Image.open(tmp_path / "turned.jpg"))
         assert np.array_equal(np.asarray(data.load_image(tmp_path / "turned.jpg")), np.asarray(expect))
     thin = base.resize((1, 300))
-    assert data.val_transform(thin, 28).shape == (3, 28, 28)
+    assert data.crop_resize(thin, data.centre(*thin.size), 28, 28).shape == (3, 28, 28)
     assert data.fit_image(thin, 56, 14).shape == (3, 56, 14)
     assert data.fit_image(photo(0, 200, 100), 100, 14).shape == (3, 56, 98)
     with pytest.raises(Oops, match="cannot read the image"):
