@@ -83,6 +83,8 @@ class Files(Source):
         super().__init__(spec, weight)
         self.turn = turn
         root = os.path.realpath(spec)
+        if not root.isprintable():
+            raise Oops(f"{spec}: its folder has a name that is no text in UTF-8; rename it")
         if not os.path.exists(root):
             raise Oops(f"{spec} does not exist (a source is a folder, a .tar, a .txt list or scenes:NAME)")
         if not os.path.isdir(root) and not dune.regular(root).endswith((".tar", ".txt")):
@@ -479,7 +481,8 @@ def batches(groups, image_size, batch, seed=0, rank=0, world=1, start_step=0, wo
     Yields {"image": uint8 [b,3,S,S] (pinned if there is CUDA), "group": int64 [b] (index into groups), "params":
     float32 [b,11] for `augment`, "bad": ["path: reason"] of images that others of their source replace}. What step k
     holds depends on groups, image_size, batch, seed, scale and colour alone. train=False: each source in its own order,
-    centre crop, no flip, no colour. Oops if world does not divide batch, or if over a tenth of a source is unreadable.
+    centre crop, no flip, no colour. Oops if world does not divide batch, or if over a tenth of what one loading process
+    has read of a source is unreadable.
     """
     if batch % world:
         raise Oops(f"the global batch {batch} cannot be divided among {world} processes: choose a multiple of {world}")

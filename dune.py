@@ -523,7 +523,7 @@ def model_from(file, path, encoder_only=False):
     keys = " ".join(state)
     guess = "lp" if ".rungs." in keys else "sp" if ".mlps." in keys else "tp"
     projector = str(recipe.get("projector", guess))
-    norm = recipe.get("norm", "unic" if "teacher_ft_stats" in file else "dune")
+    norm = recipe.get("norm", "unic" if file.get("teacher_ft_stats") else "dune")
     if projector not in PROJECTORS or norm not in ("dune", "unic"):
         raise Oops(f"{path} was trained with --projector {projector} --norm {norm}, which this code does not know")
     sizes = {}
@@ -684,7 +684,9 @@ def read_safetensors(path):
 def entry(file, key, kind, path, *default):
     """file[key] of a file from outside, if it is of this type (a dict: with strings as keys); if it is missing, the
     default. Oops otherwise."""
-    value = file.get(key, *default) if isinstance(file, dict) else None
+    if default and isinstance(file, dict) and key not in file:
+        return default[0]
+    value = file.get(key) if isinstance(file, dict) else None
     if not isinstance(value, kind) or isinstance(value, dict) and not all(isinstance(k, str) for k in value):
         raise Oops(f"{path} is not the kind of file expected here: it has no '{key}', or something else of that name")
     return value

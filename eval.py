@@ -352,12 +352,12 @@ def command_classify(args):
     labels, truth = labels.to(look.device), truth.to(look.device)
     rows = {}
     for reader in look.readers:
-        x, y = (extract(reader, samples, look.size, dense=False) for samples in (train, test))
-        has_cls = bool(x[0, 0].any())
+        has_cls = reader(torch.zeros(1, 3, look.size, look.size, dtype=torch.uint8))["cls"] is not None
         token = args.token or ("cls" if has_cls else "patch")
         if token != "patch" and not has_cls:
             raise Oops(f"{reader.name} has no class token: take --token patch")
         columns = {"cls": slice(0, 1), "patch": slice(1, 2), "both": slice(0, 2)}[token]
+        x, y = (extract(reader, samples, look.size, dense=False) for samples in (train, test))
         x, y = (z[:, columns].float().flatten(1).to(look.device) for z in (x, y))
         if args.command == "knn":
             rows[reader.name] = top(knn(x, labels, y, len(names), args.k, args.temperature), truth)
@@ -484,8 +484,7 @@ def dense(args, look, train, test, outputs, bins, loss_of):
 def binned(weights, bins):
     """Depth [b, 1, h, w] as DINOv2's linear head gives it: the mean of bins [C], metres, by weights [b, C, h, w]."""
     weights = weights.relu() + 0.1
-    bins = bins.to(weights.device)[:, None, None]
-    return (weights * bins).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
+    return (weights * bins[:, None, None]).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
 
 def windows(width, height, path=""):
     """Boxes that an image is seen through: squares of its short side along the long one that overlap by at least a
@@ -573,7 +572,8 @@ def command_depth(args):
     train, test = labelled_images(args, ("depth", "depths"), clean)
     look = subject(args)
     errors, pictures = {}, {}
-    for name, path, truth, maps in dense(args, look, train, test, 256, torch.linspace(low, high, 256), silog):
+    bins = torch.linspace(low, high, 256, device=look.device)
+    for name, path, truth, maps in dense(args, look, train, test, len(bins), bins, silog):
         errors.setdefault(name, []).append(depth_errors(maps[0], truth))
         span = truth[truth > 0].min().item(), truth.max().item()
         if len(pictures.setdefault(name, [])) < PICTURES:

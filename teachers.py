@@ -416,7 +416,7 @@ def project(points, K):
 def transform(matrix, points):
     """Matrices [..., 3, 3] times points [..., n, 3]; in fp32 under autocast too: places want more digits than bf16."""
     with torch.autocast(points.device.type, enabled=False):
-        return points @ matrix.mT
+        return points.float() @ matrix.float().mT
 
 # ---- Pairs of views --------------------------------------------------------------------------------------------------
 # A pair: image uint8 [2, 3, S, S], depth [2, S, S] along z (0: unknown), K [2, 3, 3], pose [2, 4, 4] camera to world.
@@ -701,7 +701,7 @@ def load_two_view(weights=None, device="cpu"):
     if on_dune:
         call = re.sub(r"\s", "", dune.entry(file, "mast3r_model_str", str, path, "")).replace('"', "'")
         for option in TWO_VIEW_CALL if call else ():
-            if option not in call:
+            if option.partition("=")[0] in call and option not in call:
                 raise Oops(f"{path} is another architecture: its mast3r_model_str has no {option}")
         encoder = dune.plain_keys(dune.below(published, "dune_backbone."))
         if not encoder:

@@ -253,7 +253,10 @@ def test_bad_input_is_one_clear_line(tmp_path):
     (tmp_path / "file.zip").write_bytes(b"x")
     os.mkfifo(tmp_path / "fifo.tar")
     os.mkfifo(tmp_path / "fifo.txt")
+    (tmp_path / "link").symlink_to(os.fsdecode(b"n\xff"))
+    os.mkdir(tmp_path / os.fsdecode(b"n\xff"))
     wrong = {
+        "link": "no text in UTF-8",
         "nowhere": "does not exist",
         "empty": "holds no images",
         "file.zip": "neither",

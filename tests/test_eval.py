@@ -327,6 +327,16 @@ def test_loss_pca_and_spectrum_of_a_run(tmp_path, capsys):
     with pytest.raises(Oops, match="needs a student .* that it learned from"):
         ev.main(["loss", "--run", str(tmp_path), "--teacher", "dino", "--weights", f"dino={tmp_path}/dinov2.pth"])
 
+def test_a_teacher_without_a_file_is_the_published_one(tmp_path, monkeypatch):
+    make_run(tmp_path)
+    file, load, asked = dune.read_checkpoint(tmp_path / "checkpoint.pt"), zoo.load_teacher, []
+    stored = file.pop("weights")
+    torch.save(file, tmp_path / "checkpoint.pt")  # as of a run that downloaded its teachers
+    monkeypatch.setattr(zoo, "load_teacher", lambda t, path, device: asked.append(path) or load(t, stored[t], device))
+    ev.main(["loss", "--run", str(tmp_path)])
+    ev.main(["pca", "--teacher", "mast3r", "--image-size", "112"])
+    assert asked == [None] * 4
+
 def photo(folder):
     picture(folder / "photo.png", noise(0, 50, 90))
     return str(folder / "photo.png")
