@@ -496,8 +496,8 @@ RENAMED = {  # what published files call otherwise
 def model_from(file, path, encoder_only=False):
     """load() for a checkpoint that has been read: {"model": state, …}, of ours, DUNE's or UNIC's."""
     tensors = dict(entry(file, "model", dict, path))
-    averages = tensors_in(file.get("teacher_ft_stats"), "teacher_ft_stats")  # UNIC keeps them apart
-    tensors.update((key, x.flatten()) for key, x in averages)
+    averages = dict(tensors_in(file.get("teacher_ft_stats"), "teacher_ft_stats"))  # UNIC keeps them apart
+    tensors.update((key, x.flatten()) for key, x in averages.items())
     state = {}
     for key, value in tensors.items():
         for published, ours in RENAMED.items():
@@ -523,7 +523,7 @@ def model_from(file, path, encoder_only=False):
     keys = " ".join(state)
     guess = "lp" if ".rungs." in keys else "sp" if ".mlps." in keys else "tp"
     projector = str(recipe.get("projector", guess))
-    norm = recipe.get("norm", "unic" if file.get("teacher_ft_stats") else "dune")
+    norm = recipe.get("norm", "unic" if averages else "dune")
     if projector not in PROJECTORS or norm not in ("dune", "unic"):
         raise Oops(f"{path} was trained with --projector {projector} --norm {norm}, which this code does not know")
     sizes = {}
