@@ -538,7 +538,7 @@ class Checkpoint:
         except Oops as error:
             if stop or last or not os.path.exists(self.path):
                 raise
-            tqdm.write(f"warning: {error}. The run goes on; {self.path} is whole, perhaps an older one.", file=sys.stderr)
+            tqdm.write(f"warning: {error}. The run goes on; {self.path} is whole, perhaps older.", file=sys.stderr)
 
 def save(path, content, keep=1, milestone=None):
     """Write a checkpoint beside, read it back, and only then give it its name: it is complete or absent.
