@@ -752,6 +752,8 @@ def two_view_layout(model):
 
 # ---- A photograph to people in 3D ------------------------------------------------------------------------------------
 
+HEAD_DIM = 16  # of each attention head in a people head
+
 class People(nn.Module):
     """Multi-HMR's head (arXiv 2402.14654, section 3) on any frozen encoder, with joints in place of a body model: each
     patch says whether it holds a person's head; the token of each that does looks at all tokens of its image.
@@ -772,8 +774,8 @@ class People(nn.Module):
         self.f60 = size / 2 * 3**0.5
         self.norm = nn.LayerNorm(encoder.embed_dim)
         self.score = nn.Linear(encoder.embed_dim, 1)
-        self.embed = nn.Linear(encoder.embed_dim + 28, dim)
-        self.blocks = nn.ModuleList(DecoderBlock(dim, dim // 16) for _ in range(depth))
+        self.embed = nn.Linear(encoder.embed_dim + 4, dim)
+        self.blocks = nn.ModuleList(DecoderBlock(dim, dim // HEAD_DIM) for _ in range(depth))
         self.last = nn.LayerNorm(dim, eps=1e-6)
         self.out = nn.Linear(dim, 3 + 3 * joints)
         self.register_buffer("bones", torch.zeros(joints - 1, 2))  # pairs of joints, for pictures
@@ -791,7 +793,7 @@ class People(nn.Module):
         scores = scores.sigmoid()
         highest = F.max_pool2d(scores.unflatten(1, grid), 3, 1, 1).flatten(1)  # two patches may share a head
         image, patch = ((scores >= least) & (scores == highest)).nonzero(as_tuple=True)
-        people = self.decode(self.query(tokens, image, patch), patch, K[image], grid[1])
+        people = self.decode(self.query(tokens, image, patch, grid), patch, K[image], grid[1])
         people["score"] = scores[image, patch]
         found = [[] for _ in images]
         for q in people["score"].argsort(descending=True).tolist():
@@ -808,15 +810,15 @@ class People(nn.Module):
         tokens, place = self.norm(tokens), centres(*grid, tokens.device)
         pixels = place * self.patch * place.new_tensor([grid[1], grid[0]])
         where = torch.cat([(2 * place - 1).expand(len(K), -1, -1), rays(pixels, K)[..., :2]], -1)
-        waves = [wave(where * turns) for turns in (1.5, 3, 6) for wave in (torch.sin, torch.cos)]
-        return self.embed(torch.cat([tokens, where, *waves], -1)), self.score(tokens)[..., 0].float()
+        return self.embed(torch.cat([tokens, where], -1)), self.score(tokens)[..., 0].float()
 
-    def query(self, tokens, image, patch):
+    def query(self, tokens, image, patch, grid):
         """What the tokens at Q places (image [Q], patch [Q]) have seen of their images, [Q, 3 + 3 J]: see decode()."""
-        still = tokens.new_ones(1), tokens.new_zeros(1)  # a rotary table that turns nothing: places are in the tokens
         x, y = tokens[image, patch][:, None], tokens[image]
+        rope = dune.rope_table(*grid, 0, HEAD_DIM, y.device)  # so it is easy to look at a place beside one's own
+        rope_x = [table[patch][:, None, None] for table in rope]
         for block in self.blocks:
-            x = block(x, y, still, still)
+            x = block(x, y, rope_x, rope)
         return self.out(self.last(x[:, 0])).float()
 
     def decode(self, raw, patch, K, cols):
@@ -839,7 +841,7 @@ def load_people(path, device="cpu"):
     options, state = dune.entry(file, "people", dict, path), dune.entry(file, "model", dict, path)
     vit = dune.vit_from_state(dune.below(state, "encoder."), path)
     try:
-        if min(options["size"], options["patch"]) < 1 or options["depth"] > len(state):
+        if min(options["size"], options["patch"]) < 1 or options["dim"] % HEAD_DIM or options["depth"] > len(state):
             raise ValueError
         with torch.device("meta"):
             model = People(vit, **options)

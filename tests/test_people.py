@@ -76,12 +76,12 @@ def test_a_patch_is_asked_with_its_ray_and_looks_at_its_image_alone():
     image, patch = torch.tensor([0, 0, 1]), torch.tensor([3, 40, 3])
     with torch.no_grad():
         read, scores = model.read(tokens, K, grid)
-        raw = model.query(read, image, patch)
+        raw = model.query(read, image, patch, grid)
         other = tokens.clone()
         other[1] = 0
-        again = model.query(model.read(other, K, grid)[0], image, patch)
+        again = model.query(model.read(other, K, grid)[0], image, patch, grid)
         K[0, 0, 0] *= 2
-        zoomed = model.query(model.read(tokens, K, grid)[0], image, patch)
+        zoomed = model.query(model.read(tokens, K, grid)[0], image, patch, grid)
     assert torch.allclose(raw[:2], again[:2], atol=1e-5) and not torch.allclose(raw[2], again[2], atol=1e-3)
     assert torch.allclose(raw[2], zoomed[2], atol=1e-5) and not torch.allclose(raw[:2], zoomed[:2], atol=1e-4)
     assert scores.shape == (2, 48)
@@ -112,8 +112,8 @@ def test_what_is_measured():
     scenes = data.labelled_scenes("people", 3, 12, 112)
     there = int(scenes["visible"].sum())
     best = ev.judge_people(Knows(scenes), scenes, 2)
-    assert [round(best[key], 3) for key in ("precision", "recall", "F1", "joints 2D")] == [100] * 4
-    assert max(best["joints 3D"], best["joints PA"], best["distance"]) < 1e-3
+    assert [round(best[key], 3) for key in ("precision", "recall", "F1", "2D")] == [100] * 4
+    assert max(best["3D / F1"], best["PA / F1"], best["distance / F1"]) < 1e-3
     model = Knows(scenes)
     said = [person for people in model.said for person in people]
     said[0]["joints2d"] = said[0]["joints2d"] + torch.tensor([6.0, 0.0])  # 6 px of 112 are more than 5 %: not found
@@ -122,11 +122,20 @@ def test_what_is_measured():
     found = ev.judge_people(model, scenes)
     assert math.isclose(found["recall"], 100 * (there - 1) / there)
     assert math.isclose(found["precision"], 100 * (there - 1) / (there + 1))
-    assert math.isclose(found["joints 2D"], 100 * (there - 1) / there, rel_tol=1e-6)
-    assert found["joints 3D"] > 0.5 and found["joints PA"] < 1e-3
+    assert math.isclose(found["2D"], 100 * (there - 1) / there, rel_tol=1e-6)
+    assert found["3D / F1"] > 0.5 and found["PA / F1"] < 1e-3
+
+    def swollen(images):
+        """In these images everybody is half as large again, about the pelvis; in the others nobody is found."""
+        model = Knows(scenes)
+        model.said = [people if k in images else [] for k, people in enumerate(model.said)]
+        for person in (person for people in model.said for person in people):
+            person["joints3d"] = 1.5 * person["joints3d"] - 0.5 * person["joints3d"][2]
+        return ev.judge_people(model, scenes, 2)["3D / F1"]
+    assert swollen(range(0, 12, 2)) > 1.2 * swollen(range(12))  # much the same errors, of fewer people
     nobody = Knows({**scenes, "visible": scenes["visible"] & False})
     none = ev.judge_people(nobody, scenes)
-    assert none["F1"] == none["joints 2D"] == 0 and math.isnan(none["joints 3D"])
+    assert none["F1"] == none["2D"] == 0 and math.isnan(none["3D / F1"])
 
 # ---- Training, files -------------------------------------------------------------------------------------------------
 
@@ -152,7 +161,7 @@ def test_a_head_learns_and_its_file_says_the_same_again(monkeypatch):
         for a, b in zip(one, two, strict=True):
             assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     known = ev.judge_people(loaded, scenes, 2)
-    assert known["F1"] > 45 and known["joints 3D"] < 15 and known["distance"] < 8, known
+    assert known["F1"] > 45 and known["3D / F1"] < 20 and known["distance / F1"] < 10, known
     bones = {frozenset(bone) for bone in loaded.bones.int().tolist()}
     assert len(bones) == 14
     for a, b in (("shoulder", "elbow"), ("elbow", "wrist"), ("hip", "knee"), ("knee", "ankle")):
