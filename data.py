@@ -218,10 +218,10 @@ def parse_data(specs, teachers, seeds=""):
     return groups
 
 def teacher_mask(groups, teachers, sharing):
-    """bool [groups, teachers], CPU: which teacher learns from which group's images under --sharing, one of SHARING."""
-    def learns(teacher, group):
+    """bool [groups, teachers], CPU: which teacher teaches which group's images under --sharing, one of SHARING."""
+    def teaches(teacher, group):
         return sharing == "all" or teacher in group.teachers or sharing == "own+generic" and group.generic
-    return torch.tensor([[learns(teacher, group) for teacher in teachers] for group in groups])
+    return torch.tensor([[teaches(teacher, group) for teacher in teachers] for group in groups])
 
 # ---- Order: which image is drawn when, a pure function ---------------------------------------------------------------
 

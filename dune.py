@@ -238,7 +238,7 @@ def init_linear(module):
 class Projector(nn.Module):
     """What a projector is beside its constructor(encoder, out, has_cls) and its forward(tokens)."""
     reads_every_block = False  # else `tokens` is a list: the output of each block of the encoder
-    sizes = {}                 # the constructor's other options, and in a state dict the tensor as long as each says
+    sizes = {}                 # to load a file: the constructor's other options, and the tensor as long as each says
 
 class TransformerProjector(Projector):
     """TP, DUNE's own (paper section 3.2): one ViT block at the student's width, then Linear; all tokens together.
@@ -288,8 +288,8 @@ def token_kinds(has_cls):
     return ("cls", "patch") if has_cls else ("patch",)
 
 def apart(mlps, tokens):
-    """The class token through the first of token_kinds' MLPs, the patches through the last. Without a class teacher
-    there is one: the class column still goes through, so that every projector returns the same shape."""
+    """The class token through the first MLP, the patches through the last. For a teacher without a class token there is
+    one: the class column still goes through it, so that every projector returns the same shape."""
     return torch.cat([mlps[0](tokens[:, :1]), mlps[-1](tokens[:, 1:])], 1)
 
 # ---- Standardisation of the teachers' features -----------------------------------------------------------------------
@@ -335,13 +335,14 @@ def update_norms(norms, features, momentum):
     """One training step of standardisation: {teacher: {kind: (mean, divisor)}} to standardise this batch by.
 
     norms {teacher: TeacherNorm}; features {teacher: {"cls": [b, D] or None, "patch": [b, N, D]}}, raw, this process's.
-    The statistics are those of the tokens of all processes: each sends one message of 2 D + 1 numbers (count, mean, m2)
-    per teacher and token type, and they merge exactly (Chan et al. 1979). The running averages move by `momentum`:
-    stat <- (1 - m) stat + m batch_stat.
+    The statistics are those of the tokens of all processes: each sends one message, for every teacher and token type
+    2 D + 1 numbers (count, mean, m2), and they merge exactly (Chan et al. 1979). The running averages move by
+    `momentum`: stat <- (1 - m) stat + m batch_stat.
     """
     keys = [(t, kind) for t in norms for kind in norms[t].normalizers]
     mine = [moments(features[t][kind]) for t, kind in keys]
-    sent = gathered = torch.cat(mine)[None]
+    sent = torch.cat(mine)[None]
+    gathered = sent
     if dist.is_initialized() and dist.get_world_size() > 1:
         gathered = sent.new_empty(dist.get_world_size(), sent.shape[1])
         dist.all_gather_into_tensor(gathered, sent)
@@ -395,7 +396,7 @@ def batch_losses(outputs, features, statistics, rows, count):
     """image_losses of every teacher: losses [count, T], and {teacher: terms}.
 
     outputs, features {teacher: tokens of the images rows[teacher]}; rows {teacher: index tensor or slice}: which of the
-    `count` images it teaches. The others' losses are 0.
+    `count` images are judged by it, those it teaches (or a filler, see train.parts). The others' losses are 0.
     """
     losses, terms = [], {}
     for t, index in rows.items():

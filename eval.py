@@ -1310,6 +1310,8 @@ def subject(args):
     teachers = {}
     for t in names:
         teachers[t] = zoo.load_teacher(t, dune.entry(weights, t, str, path, None), args.device)
+        if weights.get(t) == "random":
+            print(f"{t}'s weights are random, as in the run (--random-teachers)", file=sys.stderr)
         norm = model.teacher_norms[t].normalizers["patch"] if model and t in model.projectors else None
         if norm and len(norm.mean) != teachers[t].dim:
             raise Oops(f"{weights.get(t, t)} has features of {teachers[t].dim} channels; the student learned from a "

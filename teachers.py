@@ -209,7 +209,8 @@ def load_teacher(name, weights=None, device="cpu", dtype=torch.float32):
     """A frozen teacher (FrozenTeacher), its size read off the weights.
 
     name     a row of TEACHERS
-    weights  a file in the published layout; None: the published one, downloaded; "random": random, of published size
+    weights  a file in the published layout; None: the published one, downloaded; "random": random, of published size,
+             the same ones every time
     Raises Oops for an unknown name and for a file that is missing, unreadable or of another layout (naming the tensor).
     """
     if name not in TEACHERS:
@@ -221,7 +222,8 @@ def load_teacher(name, weights=None, device="cpu", dtype=torch.float32):
     if not random:
         path = weights or dune.fetch(row.url)
         state = encoder_state(name, dune.read_checkpoint(path), path)
-    with torch.device(device if random else "meta"):
+    with torch.device(device if random else "meta"), torch.random.fork_rng([]):
+        torch.manual_seed(list(TEACHERS).index(name))
         vit = ViT(**row.shape, **row.vit) if random else dune.vit_from_state(state, path, **row.vit)
         if row.pool == "attention":
             vit.pool = AttentionPool(vit.embed_dim)

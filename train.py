@@ -51,7 +51,8 @@ RECIPE = {
     "projector": option("tp", "tp: transformer, sp: simple, lp: UNIC's ladder", choices=dune.PROJECTORS),
     "norm": option("dune", "standardise teachers by the batch (dune) or their running average (unic)",
                    choices=("dune", "unic")),
-    "sharing": option("all", "which teachers teach which image", choices=data.SHARING),
+    "sharing": option("all", "who teaches an image: all, its own teachers, or if its source is generic all (own+generic)",
+                      choices=data.SHARING),
     "drop": option(0.5, "teacher dropping probability", 0, 1),
     "batch": option(0, "images per step over all processes; 0 = 128 per process", 0, 1e6),
     "epochs": option(100.0, "epochs of --epoch-images", 1e-6, 1e6),
@@ -143,7 +144,7 @@ def main(argv=None):
     for step in range(start, args.steps):
         seed = args.seed + 7919 * step
         with clock.span("data"):
-            batch = log.waiting(batches)                             # this process's share of global batch `step`
+            batch = log.next(batches)                                # this process's share of global batch `step`
             torch.manual_seed(seed + 1 + processes.rank)             # for stochastic depth: nothing to save
             images = data.augment(batch["image"].to(device, non_blocking=True), batch["params"])
             allowed = may_teach[batch["group"].numpy()]              # [b, T]: may teacher j teach image i?
@@ -154,9 +155,9 @@ def main(argv=None):
         with clock.span("statistics"):                               # 2. mean and std per channel, over all processes
             statistics = dune.update_norms(model.teacher_norms, features, momentum_at(step, args.steps))
 
-        weight = 0                                                   # 3. the student; sum(c) so far
+        weight = 0                                                   # sum(c) so far
         for part in parts(args.accumulate, images, features, allowed, noise, ddp):
-            with clock.span("student"), part.sync, autocast:         # whether gradients are sent is decided here
+            with clock.span("student"), part.sync, autocast:         # 3. the student
                 outputs = ddp(part.images, part.rows)
             with clock.span("loss"):                                 # sum(c * l) / sum(c), divided below
                 losses, terms = dune.batch_losses(outputs, part.features, statistics, part.rows, len(part.images))
@@ -170,7 +171,7 @@ def main(argv=None):
         with clock.span("optimiser"):                                # 4. one update
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, args.steps, args.lr * args.batch / 256, args.min_lr, args.warmup)
-            scale = processes.world / processes.sum(weight)          # DDP's gradients are sums / world, ours / sum(c)
+            scale = processes.world / processes.sum(weight)          # undoes DDP's average, divides by sum(c)
             norm, skipped = update(parameters, optimizer, scale, args.clip)
 
         stop = processes.stop_asked()                                # 5. what is not distillation
@@ -227,7 +228,7 @@ def parts(number, images, features, allowed, noise, ddp):
     for first, last in zip(edges, edges[1:]):
         rows, targets = {}, {}
         for j, (t, tokens) in enumerate(features.items()):
-            low, high = allowed[:first, j].sum(), allowed[:last, j].sum()  # they are of a teacher's own images alone
+            low, high = allowed[:first, j].sum(), allowed[:last, j].sum()  # features are of a teacher's own images alone
             rows[t] = rows_where(allowed[first:last, j], device)
             targets[t] = {kind: x[low:high] for kind, x in tokens.items() if x is not None}
             if low == high:
@@ -337,6 +338,8 @@ def compiled(args, model, teachers, device):
 
 def describe(args, processes, model):
     if processes.rank == 0:
+        if args.random_teachers:
+            print("the teachers' weights are random (--random-teachers): speed is real, losses mean nothing")
         if not args.data:
             print("no --data: training on procedural scenes")
         size = sum(p.numel() for p in model.encoder.parameters()) / 1e6
@@ -385,7 +388,8 @@ class Log:
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(self.bad_path)
 
-    def waiting(self, batches):
+    def next(self, batches):
+        """The next batch, and how long it was waited for."""
         began = time.perf_counter()
         batch = next(batches)
         self.waited += time.perf_counter() - began
@@ -530,9 +534,11 @@ class Checkpoint:
         due = stop or last or milestone or done % self.args.save_every == 0
         if not due or self.args.bench or self.processes.rank:
             return
+        weights = {t: os.path.abspath(path) for t, path in self.args.weights.items()}
+        if self.args.random_teachers:
+            weights = dict.fromkeys(self.args.teachers, "random")
         content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "args": self.recipe,
-                   "weights": {t: os.path.abspath(path) for t, path in self.args.weights.items()},
-                   "held_out": self.before}
+                   "weights": weights, "held_out": self.before}
         try:
             save(self.path, content, self.args.keep, milestone)
         except Oops as error:
@@ -744,8 +750,6 @@ class Clock:
         print(f"{work / total / 1e9:.2f} TFLOP/s, {work / total * 1000 / rate:.1%} of the {rate / 1e12:.2f} TFLOP/s "
               f"that large {self.args.dtype} matrix products reach here (MFU)\n"
               f"peak memory {memory(self.processes.device) or math.nan:.2f} GB")
-        if self.args.random_teachers:
-            print("the teachers' weights are random (--random-teachers): speed is real, losses mean nothing")
 
 def count_flops(module, *inputs):
     """Floating-point operations of module(*inputs), on tensors without content."""

@@ -167,16 +167,16 @@ SMALL = ("--arch tiny --image-size 56 --batch 12 --steps 2 --random-teachers --w
 @pytest.fixture
 def strict(gpu, monkeypatch):
     """Refuses to wait in the steps of training, until the last one's line of the log is due."""
-    waiting, step = train.Log.waiting, train.Log.step
+    next_batch, step = train.Log.next, train.Log.step
 
     def begin(log, batches):
         gpu.strict = True
-        return waiting(log, batches)
+        return next_batch(log, batches)
 
     def end(log, done, *args):
         gpu.strict = done < log.args.steps
         return step(log, done, *args)
-    monkeypatch.setattr(train.Log, "waiting", begin)
+    monkeypatch.setattr(train.Log, "next", begin)
     monkeypatch.setattr(train.Log, "step", end)
     return gpu
 

@@ -34,12 +34,12 @@ def compiled(monkeypatch):
         monkeypatch.setitem(zoo.TEACHERS, name, replace(row, shape={**row.shape, **tiny, "image_size": 126}))
     found = []
     steps = iter(range(1, 100))
-    waiting = train.Log.waiting
+    next_batch = train.Log.next
 
     def begin(log, batches):
         begin.step = next(steps)
-        return waiting(log, batches)
-    monkeypatch.setattr(train.Log, "waiting", begin)
+        return next_batch(log, batches)
+    monkeypatch.setattr(train.Log, "next", begin)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several wait for each other in loops, and the networks are tiny
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)

@@ -61,7 +61,7 @@ def test_a_term_of_the_loss(change, train_and_load):
         assert line["loss"] == pytest.approx(sum(kinds) / 2, rel=1e-5) == parts["loss"]
 
 
-def test_a_teacher(change, train_and_load, golden):
+def test_a_teacher(change, train_and_load, golden, tmp_path, capsys):
     change("teacher")
     state = {f"trunk.{key}": value for key, value in golden("unic_dino")["checkpoint"].items()}
     content = {"weights": {**state, "head.weight": torch.zeros(2)}}
@@ -69,6 +69,11 @@ def test_a_teacher(change, train_and_load, golden):
     assert list(model.projectors) == ["mine"]
     groups = data.parse_data([], {name: teachers.TEACHERS[name] for name in ("dinov2", "mine")})
     assert [(g.sources[0].spec, g.generic) for g in groups] == [("scenes:objects", True), ("scenes:rooms", False)]
+    out = str(tmp_path / "random")
+    train.main([*SMALL, "--arch", "tiny", "--teachers", "mine", "--random-teachers", "--out", out])
+    assert "mine                0." in capsys.readouterr().out
+    evaluation.main(["loss", "--run", out, "--device", "cpu"])  # by the same teacher: nothing is downloaded
+    assert "mine's weights are random" in capsys.readouterr().err
 
 
 def test_a_source_of_images(change, train_and_load, tmp_path, capsys):

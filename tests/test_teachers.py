@@ -148,7 +148,8 @@ def test_published_size_and_layout(name, tmp_path, monkeypatch):
     assert set(row.vit) <= {"position", "eps", "gelu"}
     monkeypatch.setitem(teachers.TEACHERS, name, dataclasses.replace(row, shape=row.shape | {"depth": 1}))
     torch.manual_seed(0)
-    first = teachers.load_teacher(name, "random")
+    first, same = (teachers.load_teacher(name, "random") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), same.parameters(), strict=True))
     if name == "deit3":
         first.vit.pos_embed.data[:, 0] = 0
     again = teachers.load_teacher(name, save(as_published(name, first), tmp_path))
