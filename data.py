@@ -1002,7 +1002,6 @@ def rooms(seed, size=112, view=0):
 
 LIMBS = ("shoulder", "elbow", "wrist", "hip", "knee", "ankle")
 JOINTS = ("head", "neck", "pelvis", *(f"{side} {joint}" for side in ("left", "right") for joint in LIMBS))
-SUIT = (0.98, 0.14), (0.6, 0.4)  # hues of arm and leg, left and right: a suit as for motion capture tells sides apart
 
 class Figure:
     """A posed person: joints [J,3] (lowest foot at y = 0), forward [3], left [3], height, girth (1 is usual)."""
@@ -1047,8 +1046,8 @@ class Figure:
         wide = self.girth * (0.075 + 0.03 * abs(left[0]) / self.tall)  # wider than deep
         skin = hsv(*uniform(rng, (0.04, 0.09), (0.25, 0.6), (0.35, 1)))
         hair = hsv(0.08, 0.5, rng.uniform(0.08, 0.75))
-        shirt, second, trousers = (any_colour(rng) for _ in range(3))
-        bare_arms, bare_legs = rng.choice([True, False]), rng.choice([True, False])
+        shirt, second, trousers, shoes = (any_colour(rng) for _ in range(4))
+        sleeve, leg = rng.choice([shirt, skin]), rng.choice([trousers, skin])
         locks = rng.uniform(0, 0.09)
         pattern = rng.choice([None, *PATTERNS[:3]])
         bars = [
@@ -1062,15 +1061,14 @@ class Figure:
             eye = head + 0.054 * forward + side * 0.022 * left
             bars.append((eye, eye, 0.008, 0.008, 0 * hair))
         r = (0.5 + 0.5 * self.girth) * np.array([0.036, 0.029, 0.022, 0.06, 0.042, 0.028])
-        for hues, (shoulder, elbow, wrist, hip, knee, ankle) in zip(SUIT, (self.joints[3:9], self.joints[9:])):
-            arm, leg = (hsv(hue, 0.85, 0.9) for hue in hues)
+        for shoulder, elbow, wrist, hip, knee, ankle in (self.joints[3:9], self.joints[9:]):
             bars += [
-                (shoulder, elbow, r[0], r[1], arm),
-                (elbow, wrist, r[1], r[2], skin if bare_arms else arm),
+                (shoulder, elbow, r[0], r[1], shirt),
+                (elbow, wrist, r[1], r[2], sleeve),
                 (wrist, wrist + (wrist - elbow) * 0.35, 0.02, 0.021, skin),
-                (hip, knee, r[3], r[4], leg),
-                (knee, ankle, r[4], r[5], skin if bare_legs else leg),
-                (ankle, ankle + 0.1 * forward + [0, 0.02, 0], 0.03, 0.022, leg),
+                (hip, knee, r[3], r[4], trousers),
+                (knee, ankle, r[4], r[5], leg),
+                (ankle, ankle + 0.1 * forward + [0, 0.02, 0], 0.03, 0.022, shoes),
             ]
         bars.sort(key=lambda bar: -bar[0][2] - bar[1][2] - 0.1 * (bar[2] > 0.062))  # limbs after the thick trunk
         return [(a, b, ra * self.tall, rb * self.tall, *colours) for a, b, ra, rb, *colours in bars]

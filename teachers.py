@@ -475,7 +475,7 @@ TINY = dict(image_size=112, embed_dim=192, depth=3, num_heads=3, layer_scale=Non
 SPECIALISTS = {
     "dinov2": dict(shape=dict(TINY, patch_size=14, registers=4), lr=1e-3, scenes=6000, passes=1),
     "mast3r": dict(shape=dict(TINY, patch_size=16, registers=0, class_token=False), lr=1e-3, scenes=4000, passes=1),
-    "multihmr": dict(shape=dict(TINY, patch_size=14, registers=0), lr=2e-3, scenes=3600, passes=2),
+    "multihmr": dict(shape=dict(TINY, patch_size=14, registers=0), lr=2e-3, scenes=3900, passes=2),
 }
 TINY_GRID = (8, 8)
 MATCHING, FINE = 1.0, 2  # weight of the matching loss beside depth's and normals'; descriptors along a patch's side

@@ -76,7 +76,7 @@ PRESETS = {
     "unic": dict(teachers="dino,deit3,ibot,dbotft", patch_size=16, image_size=224, registers=0, layer_scale=0.0,
                  drop_path=0.1, projector="lp", norm="unic", epochs=200.0, warmup=0.05, crop=0.08,
                  clip=0.0, eps=1e-8),
-    "tiny": dict(arch="tiny", image_size=112, batch=32, steps=1550, sharing="own", lr=28e-3, warmup=0.1,
+    "tiny": dict(arch="tiny", image_size=112, batch=32, steps=1500, sharing="own", lr=28e-3, warmup=0.1,
                  layer_scale=0.0, crop=1.0, colour=0.0),
 }
 TINY_SCENES = ":1000000-1003000"  # the tiny preset's, of each domain: few enough to be drawn once, new to its teachers
