@@ -51,7 +51,7 @@ RECIPE = {
     "projector": option("tp", "tp: transformer, sp: simple, lp: UNIC's ladder", choices=dune.PROJECTORS),
     "norm": option("dune", "standardise teachers by the batch (dune) or their running average (unic)",
                    choices=("dune", "unic")),
-    "sharing": option("all", "who teaches an image: all, its own teachers, or if its source is generic all (own+generic)",
+    "sharing": option("all", "who teaches an image: all, its own teachers, or all if it is generic (own+generic)",
                       choices=data.SHARING),
     "drop": option(0.5, "teacher dropping probability", 0, 1),
     "batch": option(0, "images per step over all processes; 0 = 128 per process", 0, 1e6),
@@ -228,7 +228,7 @@ def parts(number, images, features, allowed, noise, ddp):
     for first, last in zip(edges, edges[1:]):
         rows, targets = {}, {}
         for j, (t, tokens) in enumerate(features.items()):
-            low, high = allowed[:first, j].sum(), allowed[:last, j].sum()  # features are of a teacher's own images alone
+            low, high = allowed[:first, j].sum(), allowed[:last, j].sum()  # features: a teacher's own images alone
             rows[t] = rows_where(allowed[first:last, j], device)
             targets[t] = {kind: x[low:high] for kind, x in tokens.items() if x is not None}
             if low == high:
