@@ -133,7 +133,7 @@ def main(argv=None):
     if not checkpoint.before and not args.bench:
         checkpoint.before = evaluation.held_out_losses(model, teachers, held_out["image"], args.grid)
     clock = Clock(args, processes, model, teachers)
-    ddp = processes.share(compiled(args, model, teachers, device), args.compress)
+    ddp = processes.distribute(compiled(args, model, teachers, device), args.compress)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
     may_teach = data.teacher_mask(groups, args.teachers, args.sharing).numpy()
     batches = data.batches(groups, args.image_size, args.batch, args.seed, processes.rank, processes.world, start,
@@ -403,9 +403,9 @@ class Log:
             for name, value in {**terms[t], "loss": losses[:, j][part.rows[t]]}.items():
                 sums[f"{t}/{name}"] = (torch.where(real, value.detach(), 0).sum(), real.sum().float())
             sums[f"{t}/share"] = (coefficients[:, j].sum(), count)
-        self.keep(sums)
+        self.tally(sums)
 
-    def keep(self, sums):
+    def tally(self, sums):
         """Add up {name: (sum, count)}, on the device."""
         for name, pair in sums.items():
             self.sums[name] = self.sums.get(name, 0) + torch.stack(pair)
@@ -413,7 +413,7 @@ class Log:
     def step(self, done, optimizer, norm, skipped, bad):
         """The end of a step: the bar, and every so often a line of the log. Ten skipped steps in a row end the run."""
         self.streak = (self.streak + 1) * skipped
-        self.keep({"grad_norm": (torch.where(skipped > 0, 0, norm), 1 - skipped), "skipped": (skipped, skipped),
+        self.tally({"grad_norm": (torch.where(skipped > 0, 0, norm), 1 - skipped), "skipped": (skipped, skipped),
                    "bad_images": (skipped.new_full((), len(bad)), skipped)})
         if bad and not self.args.bench:
             self.append(self.bad_path, "".join(f"{name}\n" for name in bad))
@@ -603,7 +603,7 @@ class Processes:
                                     timeout=patience)
             self.hosts = dist.new_group(backend="gloo", timeout=patience)
 
-    def share(self, model, compress):
+    def distribute(self, model, compress):
         """The model behind DistributedDataParallel, if there are several processes."""
         if self.world == 1:
             return model
@@ -787,11 +787,11 @@ def check(args, processes):
         raise Oops(f"unknown or repeated teacher in '{','.join(args.teachers)}'; there are: {', '.join(zoo.TEACHERS)}")
     if args.image_size % args.patch_size:
         raise Oops(f"--image-size {args.image_size} is no multiple of the patch size {args.patch_size}")
-    share, rest = divmod(args.batch, processes.world)
-    if rest or not share:
+    each, rest = divmod(args.batch, processes.world)
+    if rest or not each:
         raise Oops(f"--batch {args.batch} does not divide among {processes.world} processes")
-    if args.accumulate > share:
-        raise Oops(f"--accumulate {args.accumulate} is more than the {share} images of each process")
+    if args.accumulate > each:
+        raise Oops(f"--accumulate {args.accumulate} is more than the {each} images of each process")
     if args.preset == "stage2" and not args.init:
         raise Oops("--preset stage2 starts from stage 1: add --init out/stage1/checkpoint.pt")
     args.weights = dict(item.partition("=")[::2] for item in args.weights)
