@@ -1,13 +1,19 @@
-"""DUNE: distil several frozen vision teachers that have nothing in common into one ViT encoder.
+"""DUNE: distill several frozen vision teachers that have nothing in common into one ViT encoder.
 
-This file is the method (DUNE, CVPR 2025, arXiv 2503.14405; UNIC, ECCV 2024, arXiv 2408.05088), in the order in which an
-image meets it: the ViT that student and teachers share, the projectors, standardisation of the teachers' features, loss
-and teacher dropping, the student as a whole. Then checkpoints, and the places through which all else passes: files from
-outside, our own files, options, the way out.
+This file is the method (DUNE, CVPR 2025, arXiv 2503.14405; UNIC, ECCV 2024, arXiv 2408.05088): the student, the
+standardization of the teachers' features, the loss with data sharing and teacher dropping, and the projectors. The ViT
+and the loading of checkpoints follow. For an image i and a teacher t the loss of a token is
+
+    l = 1/2 (1 - cos(s, z)) + 1/2 smooth_l1(s, z)        s = projector_t(student), z = (teacher_t - mean_t) / std_t
+
+Averaged over tokens it is l_it, and the loss of a step is sum(c_it * l_it) / sum(c_it), where c_it is 0 or 1: whether
+teacher t counts for image i. The division by sum(c) is in train.py, where all images of all processes are known.
 
     student = dune.load("dune_vitbase14_448_paper")           # or a path: our checkpoints and the published ones
     tokens = student.encoder(images)                          # {"cls": [B, D], "patch": [B, N, D]}
-    dinov2 = student(images)["dinov2"]["patch"]               # what DINOv2 would have said, standardised
+    dinov2 = student(images)["dinov2"]["patch"]               # DINOv2's features as predicted by its projector
+
+Shapes: B images, T teachers, N patch tokens, D channels of the student, D_t channels of teacher t.
 """
 
 import argparse
@@ -16,9 +22,7 @@ import json
 import math
 import os
 import re
-import stat
 import sys
-import warnings
 import zipfile
 
 import torch
@@ -29,32 +33,323 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 
+
+# ---- The student -----------------------------------------------------------------------------------------------------
+
+class DUNE(nn.Module):
+    """The student: one encoder, and for each teacher a projector and the statistics of the teacher's features.
+
+    encoder    a ViT
+    teachers   {name: (channels of its features, whether it has a class token)}
+    projector  a name of PROJECTORS
+    norm       "dune" or "unic", see TeacherNorm
+    recipe     of a loaded checkpoint: the options it was trained with, {} if unknown
+    teacher_weights  of a loaded checkpoint: {teacher: its file, or "random"}
+    """
+
+    def __init__(self, encoder, teachers, projector="tp", norm="dune", **projector_options):
+        super().__init__()
+        self.encoder = encoder
+        self.projectors = nn.ModuleDict()
+        self.teacher_norms = nn.ModuleDict()
+        self.recipe = {}
+        self.teacher_weights = {}
+        for name, (dim, has_cls) in teachers.items():
+            self.projectors[name] = PROJECTORS[projector](encoder, dim, has_cls, **projector_options)
+            self.teacher_norms[name] = TeacherNorm(dim, has_cls, norm)
+        # Projectors read the tokens before the encoder's last norm. It gets no gradient, so DDP must not wait for one;
+        # it stays the identity up to LayerNorm's own normalization. Published files hold it as it was initialized, too.
+        encoder.norm.requires_grad_(False)
+
+    def forward(self, images, index=None):
+        """images [B, 3, H, W] -> {teacher: {"cls": [B, D_t] or None, "patch": [B, N, D_t]}}, standardized features.
+
+        index {teacher: int64 [b_t]}: project only these images for this teacher. None: all images for every teacher.
+        """
+        all_blocks = any(projector.uses_all_blocks for projector in self.projectors.values())
+        tokens = self.encoder.tokens(images, return_all_blocks=all_blocks)
+        outputs = {}
+        for name in self.projectors:
+            outputs[name] = self.project(name, tokens, index[name] if index else None)
+        return outputs
+
+    def project(self, teacher, tokens, index=None):
+        """encoder.tokens(...) of the images `index` through one projector: {"cls": [b, D_t] or None, "patch"}."""
+        if index is not None:
+            tokens = [x[index] for x in tokens] if isinstance(tokens, list) else tokens[index]
+        projected = split_tokens(self.projectors[teacher](tokens), True)
+        if "cls" not in self.teacher_norms[teacher].normalizers:
+            projected["cls"] = None
+        return projected
+
+
+# ---- Standardization of the teachers' features -----------------------------------------------------------------------
+
+class RunningStats(nn.Module):
+    """Running mean and std of one token type of one teacher, fp32 [D_t] each."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+
+
+class TeacherNorm(nn.Module):
+    """Standardizes one teacher's features per channel, class and patch tokens separately (DUNE section 3.3).
+
+    style "dune": batch statistics in training, running averages in evaluation: (x - mean) / max(std, 1e-3).
+    style "unic": running averages always; the batch updates them afterwards: (x - mean) / (std + 1e-6). In the first
+    step they are still mean 0 and std 1.
+    """
+
+    def __init__(self, dim, has_cls, style="dune"):
+        super().__init__()
+        self.style = style
+        self.normalizers = nn.ModuleDict()
+        for token_type in token_types(has_cls):
+            self.normalizers[token_type] = RunningStats(dim)
+
+    def statistics(self, token_type, batch=None):
+        """(mean, std), [D_t] each, to standardize by. batch: this batch's (mean, std), None in evaluation."""
+        running = self.normalizers[token_type]
+        if self.style == "unic":
+            return running.mean.clone(), running.std + 1e-6
+        mean, std = batch or (running.mean, running.std)
+        return mean, std.clamp(min=1e-3)
+
+    def forward(self, features):
+        """Evaluation: features standardized by the running averages, fp32. A token type without statistics is None."""
+        out = {"cls": None, "patch": None}
+        for token_type in self.normalizers:
+            mean, std = self.statistics(token_type)
+            if features[token_type] is not None:
+                out[token_type] = (features[token_type].float() - mean) / std
+        return out
+
+
+def update_norms(norms, features, momentum):
+    """One training step of standardization: {teacher: {token type: (mean, std)}} to standardize this batch by.
+
+    norms {teacher: TeacherNorm}; features {teacher: {"cls": [b, D_t] or None, "patch": [b, N, D_t]}}: the raw features
+    of this process. The statistics are those of the tokens of all processes. Instead of features each process sends
+    2 D_t + 1 numbers for each teacher and token type (count, mean, m2), all in one message, and the sets merge exactly
+    (Chan et al. 1979). The running averages move by `momentum`: stat <- (1 - m) stat + m batch_stat.
+    """
+    keys = [(name, token_type) for name in norms for token_type in norms[name].normalizers]
+    local = [moments(features[name][token_type]) for name, token_type in keys]
+    message = torch.cat(local)[None]
+    messages = message
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        messages = message.new_empty(dist.get_world_size(), message.shape[1])
+        dist.all_gather_into_tensor(messages, message)
+    statistics = {name: {} for name in norms}
+    sizes = [len(x) for x in local]
+    for (name, token_type), moments_t in zip(keys, messages.split(sizes, 1)):
+        means, m2s = moments_t[:, 1:].chunk(2, 1)  # [processes, D_t] each
+        count, mean, m2 = kernels.merge_moments(moments_t[:, 0], means, m2s)
+        std = (m2 / (count - 1).clamp(min=1)).sqrt()
+        # Before the update: UNIC standardizes by the averages of the earlier batches.
+        statistics[name][token_type] = norms[name].statistics(token_type, (mean, std))
+        # One bad batch must not spoil the averages for good.
+        finite = (count > 1) & mean.isfinite().all() & std.isfinite().all()
+        running = norms[name].normalizers[token_type]
+        running.mean.lerp_(torch.where(finite, mean, running.mean), momentum)
+        running.std.lerp_(torch.where(finite, std, running.std), momentum)
+    return statistics
+
+
+def moments(x):
+    """fp32 [1 + 2 D]: number of tokens in x [..., D], their mean and sum of squared deviations per channel."""
+    if x.numel() == 0:
+        return torch.zeros(1 + 2 * x.shape[-1], device=x.device)
+    count = torch.full((1,), x.numel() // x.shape[-1], device=x.device, dtype=torch.float32)
+    mean, m2 = kernels.channel_moments(x)
+    return torch.cat([count, mean, m2])
+
+
+# ---- Loss, data sharing, teacher dropping ----------------------------------------------------------------------------
+
+LOSS_WEIGHTS = {"cos": 0.5, "smooth_l1": 0.5}  # the loss of a token is the weighted sum of these terms (UNIC eq. 2)
+
+
+def token_losses(student, teacher, mean, std):
+    """{term: fp32 [...]}, the terms of the loss of every token.
+
+    student, teacher [..., D_t]: predicted features, and the teacher's raw features, which are standardized by mean and
+    std [D_t] inside of the kernel. cos: 1 - cosine similarity. smooth_l1: mean over channels, beta 1.
+    A new term is one more entry here and in LOSS_WEIGHTS.
+    """
+    # eps=0: TeacherNorm.statistics has already bounded std.
+    cos, smooth_l1 = kernels.distill_loss(student, teacher, mean, std, beta=1.0, eps=0.0)
+    return {"cos": cos, "smooth_l1": smooth_l1}
+
+
+def image_losses(student, teacher, statistics):
+    """Losses of one teacher: (loss [b] of every image, its terms {"cls_cos": [b], "patch_cos": [b], ...}).
+
+    student, teacher: {"cls": [b, D_t] or None, "patch": [b, N, D_t]}, the teacher's are raw features.
+    statistics {token type: (mean, std)}. Patch tokens are averaged. If the teacher has a class token, its loss and the
+    mean of the patch tokens count equally.
+    """
+    terms = {}
+    loss = 0
+    for token_type, (mean, std) in statistics.items():
+        tokens = token_losses(student[token_type], teacher[token_type], mean, std)
+        for term, value in tokens.items():
+            value = value.mean(1) if token_type == "patch" else value
+            terms[f"{token_type}_{term}"] = value
+            loss = loss + LOSS_WEIGHTS[term] * value
+    return loss / len(statistics), terms
+
+
+def batch_losses(outputs, features, statistics, index, count):
+    """image_losses of every teacher: (losses [count, T], {teacher: terms}).
+
+    outputs, features {teacher: tokens of the images index[teacher]}; index {teacher: int64 [b_t]}: which of the
+    `count` images the teacher supervises. The losses of all other images are 0.
+    """
+    losses = []
+    terms = {}
+    for name, rows in index.items():
+        loss, terms[name] = image_losses(outputs[name], features[name], statistics[name])
+        losses.append(loss.new_zeros(count).index_copy(0, rows, loss))
+    return torch.stack(losses, 1), terms
+
+
+def teacher_coefficients(losses, teacher_mask, drop, uniform):
+    """c [B, T], 0 or 1: which teachers count for which images (data sharing, then teacher dropping).
+
+    losses [B, T]: the choice depends on them, but no gradient flows through it.
+    teacher_mask bool [B, T], data sharing (DUNE section 3.2): may teacher t supervise image i? With "all" every teacher
+    supervises every image. With "own" a teacher supervises the images of its own data only. "own+generic" is "own",
+    and images of a generic teacher's data are supervised by all. A teacher is generic if its data shows everything
+    there is, as DINOv2's web images do, while MASt3R's scenes and Multi-HMR's people are special.
+    drop, uniform [B, T] in 0..1, teacher dropping (UNIC section 3.3): of the teachers that may supervise an image the
+    one with the largest loss always counts; each other one is dropped with probability `drop`, where uniform < drop.
+    """
+    hardest = losses.detach().masked_fill(~teacher_mask, -math.inf).argmax(1, keepdim=True)
+    keep = (uniform >= drop).scatter(1, hardest, True)
+    return (keep & teacher_mask).to(losses.dtype)
+
+
+def weighted_sum(losses, coefficients):
+    """(sum(c * l), sum(c)). Their ratio over all images of all processes is the loss of the step (UNIC eq. 3).
+
+    where() and not a product: a teacher that does not count for an image must not matter, not even if its loss is NaN.
+    """
+    return torch.where(coefficients > 0, coefficients * losses, 0).sum(), coefficients.sum()
+
+
+# ---- Projectors ------------------------------------------------------------------------------------------------------
+# They map the student's class and patch tokens, before its last norm, to a teacher's channels:
+# [B, 1 + N, D] -> [B, 1 + N, D_t]. All teachers of a student have projectors of the same class.
+
+class Projector(nn.Module):
+    """Base class. A projector defines __init__(encoder, out_dim, has_cls) and forward(tokens).
+
+    uses_all_blocks  forward gets a list, the output of every encoder block, instead of the last block's alone
+    width_keys       extra constructor arguments, and the checkpoint tensor whose length gives each of them
+    """
+
+    uses_all_blocks = False
+    width_keys = {}
+
+
+class TransformerProjector(Projector):
+    """TP, DUNE's own (section 3.2): one ViT block over all tokens at the student's width, then Linear.
+
+    It keeps torch's default initialization of Linear, as published, unlike the encoder.
+    """
+
+    def __init__(self, encoder, out_dim, has_cls=True):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(encoder.embed_dim, encoder.num_heads, layer_scale=1e-4)])
+        self.linear = nn.Linear(encoder.embed_dim, out_dim)
+
+    def forward(self, tokens):
+        return self.linear(self.blocks[0](tokens))
+
+
+class SimpleProjector(Projector):
+    """SP, the ablation: an MLP on each token, with its own weights for class and for patch tokens."""
+
+    def __init__(self, encoder, out_dim, has_cls=True):
+        super().__init__()
+        self.mlps = nn.ModuleDict()
+        for token_type in token_types(has_cls):
+            self.mlps[token_type] = Mlp(encoder.embed_dim, encoder.embed_dim, out_dim)
+        self.apply(init_linear)
+
+    def forward(self, tokens):
+        return apply_per_token_type(list(self.mlps.values()), tokens)
+
+
+class LadderProjector(Projector):
+    """LP, UNIC's: an MLP on the output of every encoder block, summed, own weights for class and for patch tokens."""
+
+    uses_all_blocks = True
+    width_keys = {"hidden": "rungs.patch.0.fc1.bias", "last_hidden": "rungs.patch.{last}.fc1.bias"}
+
+    def __init__(self, encoder, out_dim, has_cls=True, hidden=768, last_hidden=3072):
+        super().__init__()
+        widths = [hidden] * (len(encoder.blocks) - 1) + [last_hidden]
+        self.rungs = nn.ModuleDict()  # {token type: one MLP for each encoder block}
+        for token_type in token_types(has_cls):
+            self.rungs[token_type] = nn.ModuleList(Mlp(encoder.embed_dim, width, out_dim) for width in widths)
+        self.apply(init_linear)
+
+    def forward(self, tokens):
+        out = 0
+        for i, x in enumerate(tokens):
+            out = out + apply_per_token_type([mlps[i] for mlps in self.rungs.values()], x)
+        return out
+
+
+PROJECTORS = {"tp": TransformerProjector, "sp": SimpleProjector, "lp": LadderProjector}
+
+
+def token_types(has_cls):
+    return ("cls", "patch") if has_cls else ("patch",)
+
+
+def apply_per_token_type(mlps, tokens):
+    """Apply the first MLP to the class token and the last to the patch tokens.
+
+    If the teacher has no class token there is only one MLP; the class column of the result is then unused.
+    """
+    return torch.cat([mlps[0](tokens[:, :1]), mlps[-1](tokens[:, 1:])], 1)
+
+
 # ---- The ViT ---------------------------------------------------------------------------------------------------------
 
 class Attention(nn.Module):
-    def __init__(self, dim, heads):
+    def __init__(self, dim, num_heads):
         super().__init__()
-        self.heads = heads
+        self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, rope=None):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, heads, d]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                      # [B, heads, N, d] each
         if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
-        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
+        x = attention(q, k, v).transpose(1, 2)                    # [B, N, heads, d]
+        return self.proj(x.flatten(2))
+
 
 class Mlp(nn.Module):
-    """gelu: "none" for the exact one, "tanh" for its approximation."""
+    """gelu: "none" for the exact GELU, "tanh" for its approximation."""
 
-    def __init__(self, dim, hidden, out=None, gelu="none"):
+    def __init__(self, dim, hidden_dim, out_dim=None, gelu="none"):
         super().__init__()
         self.gelu = gelu
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, out or dim)
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, out_dim or dim)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x), approximate=self.gelu))
+
 
 class LayerScale(nn.Module):
     def __init__(self, dim, value):
@@ -64,48 +359,50 @@ class LayerScale(nn.Module):
     def forward(self, x):
         return x * self.gamma
 
-class Block(nn.Module):
-    """Pre-norm transformer block. `drop_path`: in training, each image skips each half of it with this probability."""
 
-    def __init__(self, dim, heads, layer_scale=None, drop_path=0.0, eps=1e-6, gelu="none"):
+class Block(nn.Module):
+    """Pre-norm transformer block. drop_path: in training, each image skips each half with this probability."""
+
+    def __init__(self, dim, num_heads, layer_scale=None, drop_path=0.0, eps=1e-6, gelu="none"):
         super().__init__()
-        self.drop_path = drop_path
+        self.drop_rate = drop_path
         self.norm1 = nn.LayerNorm(dim, eps=eps)
-        self.attn = Attention(dim, heads)
+        self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, 4 * dim, gelu=gelu)
         self.ls1 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
         self.ls2 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
 
     def forward(self, x, rope=None):
-        x = x + self.skip(self.ls1(self.attn(self.norm1(x), rope)))
-        return x + self.skip(self.ls2(self.mlp(self.norm2(x))))
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), rope)))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
-    def skip(self, x):
-        if not self.training or self.drop_path == 0:
+    def drop_path(self, x):
+        if not self.training or self.drop_rate == 0:
             return x
-        keep = 1 - self.drop_path
+        keep = 1 - self.drop_rate
         return x * (torch.rand(len(x), 1, 1, device=x.device) < keep) / keep
 
+
 class ViT(nn.Module):
-    """The one Vision Transformer of this project: the student and every teacher.
+    """The Vision Transformer of the student and of every teacher.
 
     image_size, patch_size   pixels; the learned position embedding covers (image_size // patch_size)^2 patches
-    registers, class_token   how many register tokens; whether there is a class token
-    position    a learned embedding, or none but a rotary one on q and k of every block: "rope" MASt3R's, "rope_centred"
-                DINOv3's with its periods in the file. How a learned one is resized to other grids: "offset" DUNE's and
-                that of DINOv2 without registers, "antialias" of DINOv2 with them, "size" SigLIP's
-    layer_scale initial value of LayerScale, or None for none
-    drop_path   stochastic depth of the last block, rising linearly from 0 at the first
-    eps, gelu   of the LayerNorms and MLPs, see Mlp
+    registers, class_token   number of register tokens; whether there is a class token
+    position     a learned embedding, named by how it is resized to other grids: "offset" (DUNE, DINOv2 without
+                 registers), "antialias" (DINOv2 with registers), "size" (SigLIP); or a rotary one on q and k of every
+                 block: "rope" (MASt3R), "rope_centered" (DINOv3, its periods are in the checkpoint)
+    layer_scale  initial value of LayerScale, None for no LayerScale
+    drop_path    stochastic depth of the last block, rising linearly from 0 at the first
+    eps, gelu    of the LayerNorms and of the MLPs
     """
 
     def __init__(self, image_size=336, patch_size=14, embed_dim=768, depth=12, num_heads=12, registers=4, *,
-                 class_token=True, position="offset", layer_scale=1e-4, drop_path=0.0, eps=1e-6,
-                 gelu="none"):
+                 class_token=True, position="offset", layer_scale=1e-4, drop_path=0.0, eps=1e-6, gelu="none"):
         super().__init__()
         self.patch_size = patch_size
         self.embed_dim = embed_dim
+        self.num_heads = num_heads
         self.registers = registers
         self.position = position
         self.grid = image_size // patch_size
@@ -116,11 +413,14 @@ class ViT(nn.Module):
         self.pos_embed = None
         if not position.startswith("rope"):
             self.pos_embed = nn.Parameter(torch.zeros(1, class_token + self.grid**2, embed_dim))
-        quarter = embed_dim // num_heads // 4
-        centred = position == "rope_centred"
-        self.register_buffer("rope_periods", 100 ** (torch.arange(quarter) / quarter) if centred else None)
-        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, layer_scale, rate, eps, gelu) for rate in rates)
+        self.rope_periods = None
+        if position == "rope_centered":
+            quarter = embed_dim // num_heads // 4
+            self.register_buffer("rope_periods", 100 ** (torch.arange(quarter) / quarter))
+        self.blocks = nn.ModuleList()
+        for i in range(depth):
+            rate = drop_path * i / max(1, depth - 1)
+            self.blocks.append(Block(embed_dim, num_heads, layer_scale, rate, eps, gelu))
         self.norm = nn.LayerNorm(embed_dim, eps=eps)
         for token in (self.cls_token, self.register_tokens):
             if token is not None:
@@ -130,52 +430,61 @@ class ViT(nn.Module):
         self.apply(init_linear)
 
     def forward(self, images, norm=True):
-        """images [B, 3, H, W] -> {"cls": [B, D] or None, "patch": [B, N, D]}; norm=False: without the last norm."""
+        """images [B, 3, H, W] -> {"cls": [B, D] or None, "patch": [B, N, D]}; norm=False skips the last LayerNorm."""
         x = self.tokens(images)
-        return split_tokens(self.norm(x) if norm else x, self.cls_token is not None)
+        if norm:
+            x = self.norm(x)
+        return split_tokens(x, self.cls_token is not None)
 
-    def tokens(self, images, every_block=False):
-        """Class and patch tokens before the last norm, [B, 1 + N, D] (no class token: [B, N, D]): what projectors read.
+    def tokens(self, images, return_all_blocks=False):
+        """Class and patch tokens before the last norm, the input of the projectors: [B, 1 + N, D].
 
-        images [B, 3, H, W], ImageNet-normalised. every_block: a list with each block's output, not the last alone.
+        images [B, 3, H, W], ImageNet-normalized; H and W are divisible by the patch size. Without a class token
+        [B, N, D]. return_all_blocks: a list with the output of every block instead of the last one's.
         """
         rows, cols = token_grid(images, self.patch_size)
-        x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)
-        x = x.to(self.norm.weight.dtype)  # under autocast, too, what goes from block to block is fp32
+        x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)  # [B, N, D]
+        x = x.to(self.norm.weight.dtype)  # the residual stream stays fp32 under autocast
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
         if self.pos_embed is not None:
-            x = x + self.positions(rows, cols)
-        # Registers first, then class and patches: attention does not see the order, and projectors read a plain slice.
+            x = x + self.interpolate_pos_embed(rows, cols)
+        # Registers first: attention does not see the order, and projectors then read a plain slice.
         if self.register_tokens is not None:
             x = torch.cat([self.register_tokens.expand(len(x), -1, -1), x], 1)
         rope = None
         if self.pos_embed is None:
-            head_dim = self.embed_dim // self.blocks[0].attn.heads
-            rope = rope_table(rows, cols, x.shape[1] - rows * cols, head_dim, x.device, self.rope_periods)
+            head_dim = self.embed_dim // self.num_heads
+            prefix = x.shape[1] - rows * cols
+            rope = rope_cos_sin(rows, cols, prefix, head_dim, x.device, self.rope_periods)
         outputs = []
         for block in self.blocks:
             if self.checkpoint_blocks and self.training:
                 x = checkpoint(block, x, rope, use_reentrant=False)
             else:
                 x = block(x, rope)
-            if every_block:
+            if return_all_blocks:
                 outputs.append(x[:, self.registers:])
-        return outputs if every_block else x[:, self.registers:]
+        return outputs if return_all_blocks else x[:, self.registers:]
 
-    def positions(self, rows, cols, how=None):
-        """The learned position embedding [1, (1 +) rows*cols, D] for this grid; at the trained size as it is."""
-        how = how or self.position
+    def interpolate_pos_embed(self, rows, cols, mode=None):
+        """The position embedding [1, (1 +) rows * cols, D] of a token grid; at the trained size it is not changed.
+
+        mode: "offset", "antialias" or "size", see the class; None: this ViT's own.
+        """
         if (rows, cols) == (self.grid, self.grid):
             return self.pos_embed
-        cls, grid = self.pos_embed.tensor_split([-self.grid**2], 1)
-        if how == "offset":  # the 0.1 is DINOv2's own, kept because its weights are used with it
-            to = {"scale_factor": ((rows + 0.1) / self.grid, (cols + 0.1) / self.grid)}
+        mode = mode or self.position
+        cls, patches = self.pos_embed.tensor_split([-self.grid**2], 1)
+        patches = patches.float().unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)  # [1, D, grid, grid]
+        if mode == "offset":  # the 0.1 is DINOv2's own, kept because its weights are used with it
+            scale = (rows + 0.1) / self.grid, (cols + 0.1) / self.grid
+            patches = F.interpolate(patches, scale_factor=scale, mode="bicubic")
         else:
-            to = {"size": (rows, cols), "antialias": how == "antialias"}
-        grid = grid.float().unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
-        grid = F.interpolate(grid, mode="bicubic", **to).permute(0, 2, 3, 1).flatten(1, 2)
-        return torch.cat([cls, grid.to(cls.dtype)], 1)
+            patches = F.interpolate(patches, (rows, cols), mode="bicubic", antialias=mode == "antialias")
+        patches = patches.flatten(2).transpose(1, 2)  # [1, rows * cols, D]
+        return torch.cat([cls, patches.to(cls.dtype)], 1)
+
 
 SIZES = {  # the field's ViT sizes; tiny is this project's own, for the laptop
     "tiny": dict(embed_dim=128, depth=3, num_heads=2),
@@ -184,635 +493,262 @@ SIZES = {  # the field's ViT sizes; tiny is this project's own, for the laptop
     "large": dict(embed_dim=1024, depth=24, num_heads=16),
 }
 
-def token_grid(images, patch):
-    """(rows, cols) of the tokens of images [..., H, W]. Oops if a side is no multiple of the patch size."""
-    height, width = images.shape[-2:]
-    if height % patch or width % patch:
-        raise Oops(f"image size {height}x{width} is no multiple of the patch size {patch}")
-    return height // patch, width // patch
 
-def attend(q, k, v):
+def token_grid(images, patch_size):
+    """(rows, cols) of the tokens of images [..., H, W]. UserError if a side is not divisible by the patch size."""
+    height, width = images.shape[-2:]
+    if height % patch_size or width % patch_size:
+        raise UserError(f"image size {height}x{width} is not divisible by the patch size {patch_size}")
+    return height // patch_size, width // patch_size
+
+
+def attention(q, k, v):
     """softmax(q k^T / sqrt(d)) v of [B, heads, N, d]."""
     if q.device.type != "cpu" or not q.requires_grad or k.shape[-2] > 512:
         return F.scaled_dot_product_attention(q, k, v)
-    # Training on CPUs: torch's fused one takes eight times as long in bf16 (69 tokens); for many, it saves memory.
+    # Training on CPUs: torch's fused one takes eight times as long in bf16 (69 tokens). For many tokens it saves memory.
     return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
 
-def rope_table(rows, cols, prefix, dim, device, periods=None):
-    """(cos, sin), each [prefix + rows*cols, dim], of a rotary embedding: half of the channels turn with the row, half
-    with the column. The prefix tokens (class and registers) have no place in the image: they turn by zero.
 
-    periods None: MASt3R's, places count from 0; [dim / 4]: DINOv3's, places from -1 to 1.
+def rope_cos_sin(rows, cols, prefix, dim, device, periods=None):
+    """(cos, sin), each [prefix + rows * cols, dim]: half of the channels turn with the row, half with the column.
+
+    The prefix tokens (class and registers) have no place in the image and are not turned.
+    periods  None: MASt3R's RoPE, coordinates count from 0. [dim / 4]: DINOv3's, coordinates run from -1 to 1.
     """
-    places = [torch.arange(n, device=device) for n in (rows, cols)]
+    y = torch.arange(rows, device=device)
+    x = torch.arange(cols, device=device)
     if periods is None:
         frequency = 100.0 ** -(torch.arange(dim // 4, device=device) / (dim // 4))
     else:
         frequency = 2 * math.pi / periods.float()
-        places = [(2 * place + 1) / len(place) - 1 for place in places]
-    y, x = torch.meshgrid(*places, indexing="ij")
-    angle = torch.stack([y, y, x, x], -1)[..., None] * frequency  # [rows, cols, 4, dim / 4]
-    angle = F.pad(angle.flatten(2).flatten(0, 1), (0, 0, prefix, 0))
+        y = (2 * y + 1) / rows - 1
+        x = (2 * x + 1) / cols - 1
+    angle_y = (y[:, None] * frequency).repeat_interleave(cols, 0)  # [rows * cols, dim / 4]
+    angle_x = (x[:, None] * frequency).repeat(rows, 1)
+    angle = torch.cat([angle_y, angle_y, angle_x, angle_x], -1)    # [rows * cols, dim]
+    angle = F.pad(angle, (0, 0, prefix, 0))
     return angle.cos(), angle.sin()
 
-def rotate(x, table):
-    """Turn q or k, [B, heads, N, d], by rope_table's angles, in fp32; in each half channel j pairs with j + d/4."""
-    cos, sin = table
-    a, b = x.unflatten(-1, (2, 2, -1)).unbind(-2)
-    return (x * cos + torch.stack([-b, a], -2).flatten(-3) * sin).to(x.dtype)
+
+def apply_rope(x, cos_sin):
+    """Rotate q or k [B, heads, N, d] in fp32. In each half of the channels, j pairs with j + d / 4."""
+    cos, sin = cos_sin
+    y1, y2, x1, x2 = x.chunk(4, -1)  # [B, heads, N, d / 4] each
+    rotated = torch.cat([-y2, y1, -x2, x1], -1)
+    return (x * cos + rotated * sin).to(x.dtype)
+
 
 def split_tokens(x, has_cls):
-    """[B, (1+)N, D] -> {"cls": [B, D] or None, "patch": [B, N, D]}, as views."""
-    return {"cls": x[:, 0], "patch": x[:, 1:]} if has_cls else {"cls": None, "patch": x}
+    """[B, (1 +) N, D] -> {"cls": [B, D] or None, "patch": [B, N, D]}, views."""
+    if has_cls:
+        return {"cls": x[:, 0], "patch": x[:, 1:]}
+    return {"cls": None, "patch": x}
+
 
 def init_linear(module):
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        nn.init.zeros_(module.bias)
 
-# ---- Projectors ------------------------------------------------------------------------------------------------------
-# Each maps the student's tokens (before its last norm) to one teacher's dimension: [B, 1 + N, D] -> [B, 1 + N, T].
-# A new one is a class and its entry in PROJECTORS. All teachers of a student have projectors of one kind.
 
-class Projector(nn.Module):
-    """What a projector is beside its constructor(encoder, out, has_cls) and its forward(tokens)."""
-    reads_every_block = False  # else `tokens` is a list: the output of each block of the encoder
-    sizes = {}                 # to load a file: the constructor's other options, and the tensor as long as each says
+# ---- Loading ---------------------------------------------------------------------------------------------------------
 
-class TransformerProjector(Projector):
-    """TP, DUNE's own (paper section 3.2): one ViT block at the student's width, then Linear; all tokens together.
+class UserError(ValueError):
+    """An error in the user's input: shown as one line that says what to do, without a traceback."""
 
-    It starts from torch's own initialisation of Linear, as published, unlike the encoder.
-    """
 
-    def __init__(self, encoder, out, has_cls=True):
-        super().__init__()
-        self.blocks = nn.ModuleList([Block(encoder.embed_dim, encoder.blocks[0].attn.heads, layer_scale=1e-4)])
-        self.linear = nn.Linear(encoder.embed_dim, out)
-
-    def forward(self, tokens):
-        return self.linear(self.blocks[0](tokens))
-
-class SimpleProjector(Projector):
-    """SP, the ablation: an MLP on each token, own weights for class and patch tokens (those that the teacher has)."""
-
-    def __init__(self, encoder, out, has_cls=True):
-        super().__init__()
-        dim = encoder.embed_dim
-        self.mlps = nn.ModuleDict({kind: Mlp(dim, dim, out) for kind in token_kinds(has_cls)})
-        self.apply(init_linear)
-
-    def forward(self, tokens):
-        return apart(list(self.mlps.values()), tokens)
-
-class LadderProjector(Projector):
-    """LP, UNIC's: a small MLP on the output of every encoder block, summed, own weights for class and patch tokens."""
-    reads_every_block = True
-    sizes = {"hidden": "rungs.patch.0.fc1.bias", "last_hidden": "rungs.patch.{last}.fc1.bias"}
-
-    def __init__(self, encoder, out, has_cls=True, hidden=768, last_hidden=3072):
-        super().__init__()
-        widths = [hidden] * (len(encoder.blocks) - 1) + [last_hidden]
-        self.rungs = nn.ModuleDict()
-        for kind in token_kinds(has_cls):
-            self.rungs[kind] = nn.ModuleList(Mlp(encoder.embed_dim, width, out) for width in widths)
-        self.apply(init_linear)
-
-    def forward(self, tokens):
-        return sum(apart(mlps, x) for x, *mlps in zip(tokens, *self.rungs.values()))
-
-PROJECTORS = {"tp": TransformerProjector, "sp": SimpleProjector, "lp": LadderProjector}
-
-def token_kinds(has_cls):
-    return ("cls", "patch") if has_cls else ("patch",)
-
-def apart(mlps, tokens):
-    """The class token through the first MLP, the patches through the last. For a teacher without a class token there is
-    one: the class column still goes through it, so that every projector returns the same shape."""
-    return torch.cat([mlps[0](tokens[:, :1]), mlps[-1](tokens[:, 1:])], 1)
-
-# ---- Standardisation of the teachers' features -----------------------------------------------------------------------
-
-class Stats(nn.Module):
-    """The running mean and std of one token type of one teacher, [dim] fp32 each."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("std", torch.ones(dim))
-
-class TeacherNorm(nn.Module):
-    """Standardisation of one teacher's features per channel, class and patch tokens apart (DUNE section 3.3).
-
-    style "dune": in training by this batch's mean and std, at evaluation by their running averages:
-                  (x - mean) / max(std, 1e-3);
-    style "unic": always by the running averages so far, before this batch joins them: (x - mean) / (std + 1e-6).
-    """
-
-    def __init__(self, dim, has_cls, style="dune"):
-        super().__init__()
-        self.style = style
-        self.normalizers = nn.ModuleDict({kind: Stats(dim) for kind in token_kinds(has_cls)})
-
-    def statistics(self, kind, batch=None):
-        """(mean, divisor) to standardise `kind` ("cls", "patch") by; batch = this batch's (mean, std), if there."""
-        running = self.normalizers[kind]
-        if self.style == "unic":
-            return running.mean.clone(), running.std + 1e-6
-        mean, std = batch or (running.mean, running.std)
-        return mean, std.clamp(min=1e-3)
-
-    def forward(self, features):
-        """Evaluation: features standardised by the running averages, fp32; a kind of token without any is None."""
-        out = {"cls": None, "patch": None}
-        for kind in self.normalizers:
-            mean, divisor = self.statistics(kind)
-            out[kind] = None if features.get(kind) is None else (features[kind].float() - mean) / divisor
-        return out
-
-def update_norms(norms, features, momentum):
-    """One training step of standardisation: {teacher: {kind: (mean, divisor)}} to standardise this batch by.
-
-    norms {teacher: TeacherNorm}; features {teacher: {"cls": [b, D] or None, "patch": [b, N, D]}}, raw, this process's.
-    The statistics are those of the tokens of all processes: each sends one message, for every teacher and token type
-    2 D + 1 numbers (count, mean, m2), and they merge exactly (Chan et al. 1979). The running averages move by
-    `momentum`: stat <- (1 - m) stat + m batch_stat.
-    """
-    keys = [(t, kind) for t in norms for kind in norms[t].normalizers]
-    mine = [moments(features[t][kind]) for t, kind in keys]
-    sent = torch.cat(mine)[None]
-    gathered = sent
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        gathered = sent.new_empty(dist.get_world_size(), sent.shape[1])
-        dist.all_gather_into_tensor(gathered, sent)
-    statistics = {t: {} for t in norms}
-    for (t, kind), part in zip(keys, gathered.split([len(x) for x in mine], 1)):
-        running = norms[t].normalizers[kind]
-        means, m2s = part[:, 1:].chunk(2, 1)
-        count, mean, m2 = kernels.merge_moments(part[:, 0], means, m2s)
-        std = (m2 / (count - 1).clamp(min=1)).sqrt()
-        statistics[t][kind] = norms[t].statistics(kind, (mean, std))  # before the update: UNIC takes the average so far
-        # One bad batch must not spoil the averages for good.
-        known = (count > 1) & mean.isfinite().all() & std.isfinite().all()
-        running.mean.lerp_(torch.where(known, mean, running.mean), momentum)
-        running.std.lerp_(torch.where(known, std, running.std), momentum)
-    return statistics
-
-def moments(x):
-    """[1 + 2 D] fp32: how many tokens x [..., D] holds, their mean, and their sum of squared deviations per channel."""
-    if x.numel() == 0:
-        return torch.zeros(1 + 2 * x.shape[-1], device=x.device)
-    count = torch.full((1,), x.numel() // x.shape[-1], device=x.device, dtype=torch.float32)
-    return torch.cat([count, *kernels.channel_moments(x)])
-
-# ---- The loss, and teacher dropping ----------------------------------------------------------------------------------
-
-WEIGHTS = {"cos": 0.5, "sl1": 0.5}  # a token's loss is the weighted sum of these terms (UNIC eq. 2)
-
-def token_losses(student, teacher, mean, divisor):
-    """{term: [...] fp32} of every token: student and raw teacher [..., D], which is standardised by mean, divisor [D].
-
-    cos: 1 - cosine similarity; sl1: smooth L1, mean over channels. A new term: one more entry here and in WEIGHTS.
-    """
-    cos, sl1 = kernels.distill_loss(student, teacher, mean, divisor, beta=1.0, eps=0.0)  # eps: divisor has its own
-    return {"cos": cos, "sl1": sl1}
-
-def image_losses(student, teacher, statistics):
-    """The loss of one teacher for every image [b], and its terms {"cls_cos", "cls_sl1", "patch_cos", …}, [b] each.
-
-    student, teacher: {"cls": [b, D] or None, "patch": [b, N, D]}, the teacher's raw; statistics {kind: (mean, divisor)}
-    Patch tokens are averaged; if the teacher has a class token, so are the two kinds of token.
-    """
-    terms = {}
-    total = 0
-    for kind, (mean, divisor) in statistics.items():
-        for term, value in token_losses(student[kind], teacher[kind], mean, divisor).items():
-            terms[f"{kind}_{term}"] = value.mean(1) if kind == "patch" else value
-            total = total + WEIGHTS[term] * terms[f"{kind}_{term}"]
-    return total / len(statistics), terms
-
-def batch_losses(outputs, features, statistics, rows, count):
-    """image_losses of every teacher: losses [count, T], and {teacher: terms}.
-
-    outputs, features {teacher: tokens of the images rows[teacher]}; rows {teacher: index tensor or slice}: which of the
-    `count` images are judged by it, those it teaches (or a filler, see train.parts). The others' losses are 0.
-    """
-    losses, terms = [], {}
-    for t, index in rows.items():
-        loss, terms[t] = image_losses(outputs[t], features[t], statistics[t])
-        losses.append(loss if isinstance(index, slice) else loss.new_zeros(count).index_copy(0, index, loss))
-    return torch.stack(losses, 1), terms
-
-def teacher_coefficients(losses, allowed, drop, noise):
-    """Which teachers count for which images, [B, T] of 0 and 1 (teacher dropping, UNIC section 3.3).
-
-    losses [B, T] (no gradient flows back through the choice), allowed [B, T] bool: data sharing. Of the teachers
-    allowed for an image the one with the largest loss always counts; each other one is dropped where noise [B, T],
-    uniform in 0..1, is below `drop`: with that probability, independently.
-    """
-    worst = losses.detach().masked_fill(~allowed, -math.inf).argmax(1, keepdim=True)
-    keep = (noise >= drop).scatter(1, worst, True)
-    return (keep & allowed).to(losses.dtype)
-
-def weighted_sum(losses, coefficients):
-    """(sum(c * l), sum(c)): their ratio over the whole batch, all processes and parts together, is the loss.
-
-    UNIC eq. 3. where() and not a product: a teacher that does not count for an image must not matter, not even as NaN
-    (kernels.distill_loss gives a token whose gradient is 0 the gradient 0, whatever it holds).
-    """
-    return torch.where(coefficients > 0, coefficients * losses, 0).sum(), coefficients.sum()
-
-# ---- The student -----------------------------------------------------------------------------------------------------
-
-# The published files' names for the teachers, and ours.
-ALIASES = {"dino2reg_vitlarge_14": "dinov2", "mast3r_vitlarge_16": "mast3r", "multihmr_vitlarge_14_672": "multihmr",
-           "dino_vitbase_16": "dino", "deit3_vitbase_16": "deit3", "ibot_vitbase_16": "ibot",
-           "dbotft_vitbase_16": "dbotft"}
-
-class ByTeacher(nn.ModuleDict):
-    """A ModuleDict by teacher name that also answers to the published files' names."""
-
-    def __getitem__(self, name):
-        return super().__getitem__(ALIASES.get(name, name))
-
-class DUNE(nn.Module):
-    """The student: encoder, one projector and one TeacherNorm per teacher.
-
-    teachers {name: (dimension, has a class token)}; projector: a name of PROJECTORS; norm: see TeacherNorm.
-    """
-
-    def __init__(self, encoder, teachers, projector="tp", norm="dune", **projector_options):
-        super().__init__()
-        self.encoder = encoder
-        self.projectors, self.teacher_norms = ByTeacher(), ByTeacher()
-        for t, (dim, has_cls) in teachers.items():
-            self.projectors[t] = PROJECTORS[projector](encoder, dim, has_cls, **projector_options)
-            self.teacher_norms[t] = TeacherNorm(dim, has_cls, norm)
-        # The projectors read the tokens before the last norm, so it gets no gradient (and stays 1 and 0): DDP must not
-        # wait for one.
-        encoder.norm.requires_grad_(False)
-
-    def forward(self, images, rows=None):
-        """images [B, 3, H, W] -> {teacher: {"cls": [B, T] or None, "patch": [B, N, T]}}, in standardised features.
-
-        rows {teacher: index tensor or slice}: project only these images for this teacher; None: all of them for each.
-        """
-        ladder = any(projector.reads_every_block for projector in self.projectors.values())
-        tokens = self.encoder.tokens(images, every_block=ladder)
-        return {t: self.project(t, tokens, rows[t] if rows else slice(None)) for t in self.projectors}
-
-    def project(self, teacher, tokens, rows=slice(None)):
-        """encoder.tokens(…) of images `rows` through one projector: {"cls": [b, T] or None, "patch": [b, N, T]}."""
-        tokens = [x[rows] for x in tokens] if isinstance(tokens, list) else tokens[rows]
-        out = split_tokens(self.projectors[teacher](tokens), True)
-        if "cls" not in self.teacher_norms[teacher].normalizers:
-            out["cls"] = None
-        return out
-
-# ---- Checkpoints -----------------------------------------------------------------------------------------------------
-
-PUBLISHED = "https://download.europe.naverlabs.com/dune/{}.pth"
-PUBLISHED_NAMES = ["dune_vitbase14_336", "dune_vitbase14_448", "dune_vitbase14_448_paper",
-                   "dune_vitsmall14_336", "dune_vitsmall14_448"]
-
-def load(path_or_name, encoder_only=False):
-    """A trained student: DUNE (or, with encoder_only, its ViT) in eval mode on the CPU, sizes read off the tensors.
-
-    Takes our checkpoints, the published DUNE and UNIC files, and PUBLISHED_NAMES, which are downloaded.
-    Raises Oops if the file cannot be read or holds anything else than such a model.
-    """
-    path = str(path_or_name)
-    if path in PUBLISHED_NAMES and not os.path.exists(path):
-        path = fetch(PUBLISHED.format(path))
-    return model_from(read_checkpoint(path), path, encoder_only)
-
-RENAMED = {  # what published files call otherwise
+PUBLISHED_URL = "https://download.europe.naverlabs.com/dune/{}.pth"
+PUBLISHED_NAMES = ("dune_vitbase14_336", "dune_vitbase14_448", "dune_vitbase14_448_paper",
+                   "dune_vitsmall14_336", "dune_vitsmall14_448")
+TEACHER_ALIASES = {  # the published files' names of the teachers, and ours
+    "dino2reg_vitlarge_14": "dinov2",
+    "mast3r_vitlarge_16": "mast3r",
+    "multihmr_vitlarge_14_672": "multihmr",
+    "dino_vitbase_16": "dino",
+    "deit3_vitbase_16": "deit3",
+    "ibot_vitbase_16": "ibot",
+    "dbotft_vitbase_16": "dbotft",
+}
+KEY_PATTERNS = {  # published keys -> ours
     r"^((module|_orig_mod)\.)+": "",
     r"^lp\.heads\.(\w+)\.(cls|patch)\.(\d+)\.layers\.0\.": r"projectors.\1.rungs.\2.\3.fc1.",
     r"^lp\.heads\.(\w+)\.(cls|patch)\.(\d+)\.layers\.2\.": r"projectors.\1.rungs.\2.\3.fc2.",
-    r"^teacher_ft_stats\.(\w+)\.": r"teacher_norms.\1.normalizers.",
 }
 
-def model_from(file, path, encoder_only=False):
-    """load() for a checkpoint that has been read: {"model": state, …}, of ours, DUNE's or UNIC's."""
-    tensors = dict(entry(file, "model", dict, path))
-    averages = dict(tensors_in(file.get("teacher_ft_stats"), "teacher_ft_stats"))  # UNIC keeps them apart
-    tensors.update((key, x.flatten()) for key, x in averages.items())
+
+def load(path_or_name, encoder_only=False):
+    """A trained student in eval mode on the CPU: a DUNE, or with encoder_only its ViT. Sizes are read off the tensors.
+
+    path_or_name: a checkpoint of ours, a published DUNE or UNIC file, or a name of PUBLISHED_NAMES (downloaded).
+    UserError if the file cannot be read or does not hold such a model.
+    """
+    path = str(path_or_name)
+    if path in PUBLISHED_NAMES and not os.path.exists(path):
+        path = download(PUBLISHED_URL.format(path))
+    content = load_checkpoint(path)
+    with user_errors(path):
+        state = our_state_dict(content)
+        encoder_state = strip_prefix(state, "encoder.")
+        encoder = vit_from_state(encoder_state)
+        if encoder_only:
+            return load_strict(encoder, encoder_state).eval()
+        model = dune_from_state(encoder, state, content)
+        return load_strict(model, state).eval()
+
+
+def our_state_dict(content):
+    """The state dict of a checkpoint of ours, of DUNE's or of UNIC's, under our keys."""
+    tensors = dict(content["model"])
+    for teacher, token_stats in content.get("teacher_ft_stats", {}).items():  # UNIC keeps its averages separately
+        for token_type, stats in token_stats.items():
+            for name, value in stats.items():
+                tensors[f"teacher_norms.{teacher}.normalizers.{token_type}.{name}"] = value.flatten()
     state = {}
     for key, value in tensors.items():
-        for published, ours in RENAMED.items():
-            key = re.sub(published, ours, key)
-        key = re.sub(r"^(projectors|teacher_norms)\.(\w+)", lambda m: f"{m[1]}.{ALIASES.get(m[2], m[2])}", key)
-        state[key] = value
-    state = plain_keys(state)
-    encoder_state = below(state, "encoder.")
-    if not encoder_state:
-        raise Oops(f"{path} is no DUNE checkpoint: it holds no 'encoder.…' tensors")
-    encoder = vit_from_state(encoder_state, path)
-    if encoder_only:
-        return load_strictly(encoder, encoder_state, path).eval()
+        for pattern, replacement in KEY_PATTERNS.items():
+            key = re.sub(pattern, replacement, key)
+        parts = key.split(".")
+        if parts[0] in ("projectors", "teacher_norms"):
+            parts[1] = TEACHER_ALIASES.get(parts[1], parts[1])
+        state[".".join(parts)] = value
+    return normalize_keys(state)
 
+
+def dune_from_state(encoder, state, content):
+    """A DUNE without weights (on "meta"), its teachers and projectors as `state` and the recipe of the file say."""
     teachers = {}
     for key, value in state.items():
         match = re.fullmatch(r"teacher_norms\.(\w+)\.normalizers\.patch\.mean", key)
-        if match and torch.is_tensor(value):
-            teachers[match[1]] = (value.numel(), key.replace(".patch.", ".cls.") in state)
-    recipe = file.get("args")
-    if not isinstance(recipe, dict):  # a bare state dict, or a published one, whose words mean other things
+        if match:
+            teachers[match[1]] = len(value), key.replace(".patch.", ".cls.") in state
+    is_unic = "teacher_ft_stats" in content
+    recipe = content.get("args")
+    if not isinstance(recipe, dict):  # published files hold a Namespace, whose words mean other things
         recipe = {}
-    keys = " ".join(state)
-    guess = "lp" if ".rungs." in keys else "sp" if ".mlps." in keys else "tp"
-    projector = str(recipe.get("projector", guess))
-    norm = recipe.get("norm", "unic" if averages else "dune")
-    if projector not in PROJECTORS or norm not in ("dune", "unic"):
-        raise Oops(f"{path} was trained with --projector {projector} --norm {norm}, which this code does not know")
-    sizes = {}
-    for name, key in PROJECTORS[projector].sizes.items():
-        x = state.get(f"projectors.{next(iter(teachers), '')}.{key.format(last=len(encoder.blocks) - 1)}")
-        if torch.is_tensor(x):
-            sizes[name] = x.numel()
+    projector = recipe.get("projector", "lp" if is_unic else "tp")
+    norm = recipe.get("norm", "unic" if is_unic else "dune")
+    if projector not in PROJECTORS:
+        raise UserError(f"trained with --projector {projector}, which is not in PROJECTORS")
+    widths = {}
+    for name, key in PROJECTORS[projector].width_keys.items():
+        first_teacher = next(iter(teachers))
+        widths[name] = len(state[f"projectors.{first_teacher}.{key.format(last=len(encoder.blocks) - 1)}"])
     with torch.device("meta"):
-        model = DUNE(encoder, teachers, projector, norm, **sizes)
-    return load_strictly(model, state, path).eval()
+        model = DUNE(encoder, teachers, projector, norm, **widths)
+    model.recipe = recipe
+    model.teacher_weights = content.get("weights", {})
+    return model
 
-def vit_from_state(state, path, **options):
-    """A ViT without content (on "meta") of the sizes that `state`, in DINOv2's layout, shows; head dimension 64."""
-    try:
-        dim, _, patch, _ = state["patch_embed.proj.weight"].shape
-        depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-        places = state["pos_embed"].shape[1] - ("cls_token" in state) if "pos_embed" in state else 1
-        registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
-        if dim % 64 or min(dim, patch, depth, places) < 1:
-            raise ValueError
-    except (KeyError, ValueError, IndexError, AttributeError):
-        raise Oops(f"{path} holds no ViT: patch_embed.proj.weight or blocks are missing or of another kind") from None
-    scale = 1e-4 if "blocks.0.ls1.gamma" in state else None
-    options = {"class_token": "cls_token" in state, "layer_scale": scale, **options}
+
+def vit_from_state(state, **options):
+    """A ViT without weights (on "meta") of the sizes that `state`, in DINOv2's layout, shows. Head dimension is 64."""
+    embed_dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
+    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    if embed_dim % 64 or depth == 0:
+        raise UserError(f"not a supported ViT: {embed_dim} channels (expected a multiple of 64), {depth} blocks")
+    class_token = "cls_token" in state
+    num_patches = state["pos_embed"].shape[1] - class_token if "pos_embed" in state else 1
+    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+    layer_scale = 1e-4 if "blocks.0.ls1.gamma" in state else None
+    options = {"class_token": class_token, "layer_scale": layer_scale, **options}
     with torch.device("meta"):
-        return ViT(math.isqrt(places) * patch, patch, dim, depth, dim // 64, registers, **options)
+        image_size = math.isqrt(num_patches) * patch_size
+        return ViT(image_size, patch_size, embed_dim, depth, embed_dim // 64, registers, **options)
 
-def plain_keys(state):
-    """Published encoder keys in ViT's own names: blocks.0.{i}.… is blocks.{i}.…, and the unused mask token goes."""
-    kept = [key for key in state if not key.endswith("mask_token")]
-    return {re.sub(r"\bblocks\.\d+\.(?=\d+\.)", "blocks.", key): state[key] for key in kept}
 
-def below(state, prefix):
-    """The entries of a state dict whose keys begin with `prefix`, without it."""
+def normalize_keys(state):
+    """Published encoder keys under ViT's names: blocks.0.{i}. is blocks.{i}., and the unused mask token is left out."""
+    normalized = {}
+    for key, value in state.items():
+        if not key.endswith("mask_token"):
+            normalized[re.sub(r"\bblocks\.\d+\.(?=\d+\.)", "blocks.", key)] = value
+    return normalized
+
+
+def strip_prefix(state, prefix):
+    """The entries of a state dict whose keys start with `prefix`, without it."""
     return {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}
 
-def load_strictly(module, state, path):
-    """Load `state` into `module` (also one on "meta"), as fp32. Oops for a tensor that is missing, extra, of another
-    shape, not of a floating type or not finite, naming it."""
-    want = module.state_dict()
-    weights = {}
-    for key in {**want, **state}:
-        x, place = state.get(key), want.get(key)
-        if key not in state:
-            problem = f"lacks tensor {key}"
-        elif place is None:
-            problem = f"has the unknown tensor {key}"
-        elif not torch.is_tensor(x) or not x.is_floating_point():
-            problem = f"has no numbers in tensor {key}"
-        elif x.shape != place.shape:
-            problem = f"has the wrong shape for tensor {key} ({list(x.shape)}, expected {list(place.shape)})"
-        # Beyond 1e8 no weight was ever learned: a bit has been flipped in a format without checksums.
-        elif not (x.float().abs() <= 1e8).all():
-            problem = f"has NaN, infinity or senseless numbers in tensor {key}"
-        else:
-            weights[key] = x.to(torch.float32, copy=True)
-            continue
-        raise Oops(f"{path}: the file {problem}; is it the right file for this model?")
+
+def load_strict(module, state):
+    """Load `state` into `module`, also one on "meta", as fp32. Keys and shapes must match; values must be finite."""
+    weights = {key: value.float() for key, value in state.items()}
     module.load_state_dict(weights, assign=True)
+    for key, value in weights.items():
+        if not value.isfinite().all():
+            raise UserError(f"{key} contains non-finite values")
     return module
 
-def fetch(url):
-    """The path of a published file in torch's hub cache, downloaded (with a bar, beside, renamed) if it is missing."""
-    path = cached(url)
+
+def load_checkpoint(path):
+    """The content of a checkpoint or a .safetensors file, tensors on the CPU. UserError if it is none.
+
+    No code in the file is executed: weights_only=True, and argparse.Namespace as the only class besides tensors.
+    """
+    path = str(path)
+    if not os.path.isfile(path):
+        raise UserError(f"{path} is not a file" if os.path.exists(path) else f"no such file: {path}")
+    with user_errors(path):
+        if path.endswith(".safetensors"):
+            return load_safetensors(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise UserError(f"the file is damaged: wrong checksum of {damaged}")
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def load_safetensors(path):
+    """{name: tensor} of a .safetensors file: 8 bytes with the length of a JSON header, the header, the data."""
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        data = bytearray(file.read())
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        values = torch.frombuffer(data[begin:end], dtype=dtypes[entry["dtype"]])
+        tensors[name] = values.view(entry["shape"])
+    return tensors
+
+
+@contextlib.contextmanager
+def user_errors(path):
+    """Turn whatever goes wrong while a file from outside becomes a model into a UserError with path and message."""
+    try:
+        yield
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:
+        message = f"missing key {error}" if isinstance(error, KeyError) else str(error).strip()
+        message = re.sub(r"^Error\(s\) in loading state_dict for \w+:\s*", "", message)
+        message = message.partition("\n")[0][:300] or type(error).__name__
+        if not message.startswith(path):
+            message = f"{path}: {message}"
+        raise UserError(message) from error
+
+
+def download(url):
+    """The path of a published file in torch's hub cache, downloaded if it is not there yet."""
+    path = cached_path(url)
     if not os.path.exists(path):
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             print(f"downloading {url}", file=sys.stderr)
             torch.hub.download_url_to_file(url, path, progress=sys.stderr.isatty())
-        except (OSError, RuntimeError) as error:  # URLError is an OSError
-            raise Oops(f"cannot download {url} ({error}); get it by hand and put it at {path}") from None
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"failed to download {url} ({error}); download it manually to {path}") from None
     return path
 
-def cached(url):
-    """Where fetch() keeps a published file: in torch's hub cache; Hugging Face's, many of one name, by repository."""
+
+def cached_path(url):
+    """Where download() keeps a file. Hugging Face has many files of one name: theirs are named after the repository."""
     parts = url.split("/")
-    name = f"{parts[4]}-{parts[-1]}" if parts[2] == "huggingface.co" else parts[-1]
+    name = parts[-1]
+    if parts[2] == "huggingface.co":
+        name = f"{parts[4]}-{name}"
     return os.path.join(torch.hub.get_dir(), "checkpoints", name)
-
-# ---- The four places through which all else passes: files from outside, our files, options, the way out --------------
-
-class Oops(ValueError):
-    """A mistake that a person can mend: one line that says what is wrong and what to do about it."""
-
-def read_checkpoint(path):
-    """What a checkpoint, a file of weights or a .safetensors file holds, its tensors on the CPU.
-
-    Nothing in the file is trusted: no code of it is run (tensors, plain containers and argparse.Namespace are read), it
-    is a regular file, its checksums hold, every tensor is dense and no larger than its bytes. Oops if not.
-    """
-    path = regular(path)
-    try:
-        with open(path, "rb") as file:
-            start = file.read(9)
-        if start[8:] == b"{":
-            return read_safetensors(path)
-        if start[:2] == b"PK":
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip() or any(item.compress_type for item in archive.infolist()):
-                    raise ValueError("checksum")
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle protocols: what it cannot read is told below
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        for name, x in tensors_in(content):
-            plain = x.layout == torch.strided and x.device.type == "cpu" and not x.is_quantized
-            if not plain or x.numel() * x.element_size() > x.untyped_storage().nbytes():
-                raise Oops(f"cannot read {path}: {name} is sparse, quantised, or larger than its bytes")
-        return content
-    except (Oops, OSError, MemoryError):
-        raise
-    except Exception as error:  # torch.load's errors for foreign files are of many types, and long
-        found = re.search(r"(?i)unsupported (?:global|class):? (?:global )?([a-z_][\w.]*)", str(error))
-        why = "it is damaged, not one, or in a pickle protocol that torch.load refuses (torch.save's own, 2, is fine)"
-        if found:
-            why = f"it wants to run {found[1]}, which is not allowed"
-        raise Oops(f"cannot read {path} as a checkpoint: {why}") from None
-
-def regular(path):
-    """str(path) of a regular file: no folder, and nothing that would make us wait, such as a fifo."""
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        missing = isinstance(error, (FileNotFoundError, ValueError))
-        raise Oops(f"no such file: {path}" if missing else f"cannot read {path}: {error.strerror}") from None
-    if not stat.S_ISREG(mode):
-        raise Oops(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}, expected a file")
-    return str(path)
-
-def tensors_in(content, name=""):
-    """(name, tensor) of every tensor in nested dicts, lists and tuples; the name holds all keys on the way, dotted."""
-    if torch.is_tensor(content):
-        yield name, content
-    if isinstance(content, (list, tuple)):
-        content = dict(enumerate(content))
-    if isinstance(content, dict):
-        for key, part in content.items():
-            yield from tensors_in(part, f"{name}.{key}" if name else str(key))
-
-def read_safetensors(path):
-    """{name: tensor} of a .safetensors file: 8 bytes for the header's length, the header in JSON, all numbers."""
-    types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
-    with open(path, "rb") as file:
-        content = bytearray(file.read())
-    start = 8 + int.from_bytes(content[:8], "little")
-    if start > len(content):
-        raise ValueError("the header is longer than the file")
-    tensors = {}
-    for name, item in json.loads(content[8:start]).items():
-        if name == "__metadata__":
-            continue
-        begin, end = item["data_offsets"]
-        shape, dtype = torch.Size(item["shape"]), types[item["dtype"]]
-        if not 0 <= begin < end <= len(content) - start or shape.numel() * dtype.itemsize != end - begin:
-            raise ValueError("a tensor lies outside of the file")
-        tensors[name] = torch.frombuffer(content, dtype=dtype, count=shape.numel(), offset=start + begin).view(shape)
-    return tensors
-
-def entry(file, key, kind, path, *default):
-    """file[key] of a file from outside, if it is of this type (a dict: with strings as keys); if it is missing, the
-    default. Oops otherwise."""
-    if default and isinstance(file, dict) and key not in file:
-        return default[0]
-    value = file.get(key) if isinstance(file, dict) else None
-    if not isinstance(value, kind) or isinstance(value, dict) and not all(isinstance(k, str) for k in value):
-        raise Oops(f"{path} is not the kind of file expected here: it has no '{key}', or something else of that name")
-    return value
-
-@contextlib.contextmanager
-def writing(path, mode="wb"):
-    """Write a file so that it is whole or not there: `with writing(path) as file:` writes beside, syncs and renames.
-
-    Folders on the way are made. Whatever fails, nothing stays behind; what the disk refuses is an Oops.
-    """
-    part = f"{path}.part"
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        if os.path.isdir(path):
-            raise IsADirectoryError(0, "there is a folder of that name")
-        with open(part, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.remove(part)
-        reason = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides what the disk says
-        if isinstance(reason, OSError):
-            raise Oops(f"cannot write {path}: {reason.strerror or reason}") from None
-        raise
-
-def check_folder(path):
-    """Make a folder and see that it can be written, before the work whose results go there. Oops if not."""
-    with writing(f"{path}/.write"):
-        pass
-    os.remove(f"{path}/.write")
-
-class Parser(argparse.ArgumentParser):
-    """argparse, fed with tables {name: option(…)}; its complaints are told as all others are."""
-
-    def error(self, message):
-        raise Oops(message.removeprefix("argument "))
-
-    def add(self, table):
-        for name, how in table.items():
-            self.add_argument(f"--{name.replace('_', '-')}", **how)
-        return self
-
-def option(default, text, low=0, high=1e9, choices=None, kind=None, **how):
-    """One option: its default, what it is, and what it takes; for a number its limits, inclusive and finite.
-
-    kind: the type of one value, if it is not the default's; how: argparse's own (action, nargs, metavar).
-    """
-    kind = kind or (str if isinstance(default, (list, tuple, type(None))) else type(default))
-
-    def read(word):
-        value = kind(word)
-        if kind is not str and not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{word} is not between {low:g} and {high:g}")
-        if choices and value not in choices:
-            raise argparse.ArgumentTypeError(f"{word!r}: choose one of {', '.join(choices)}")
-        if kind is str and not (word and word.isprintable()):
-            raise argparse.ArgumentTypeError(f"{word!r} is empty, or no text")
-        return value
-    read.__name__ = kind.__name__  # a ValueError is told by argparse as "invalid int value"
-    text = text.replace("%", "%%") + ("" if default in (None, False, [], ()) else f" (default: {default})")
-    if kind is bool:
-        return {"action": "store_true", "help": text}
-    if default == []:
-        how = {"action": "append", **how}
-    return {"default": default, "type": read, "help": text, "metavar": "|".join(choices or ()) or None, **how}
-
-def pick_device(name, index=0):
-    """--device auto, cpu or cuda (GPU `index` of this machine) as a torch.device. Oops if there is no such GPU."""
-    if name == "cpu" or name == "auto" and not torch.cuda.is_available():
-        return torch.device("cpu")
-    if index >= torch.cuda.device_count():
-        raise Oops(f"--device cuda: torch sees {torch.cuda.device_count()} GPUs, this process wants number {index}")
-    return torch.device("cuda", index)
-
-def fast_bf16(device):
-    """Whether the device multiplies bf16 in hardware: GPUs from Ampere on, CPUs with AVX512-BF16 or AMX."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-
-def run(main):
-    """Run a script's main(). What a person or a machine did wrong is one line on stderr and exit code 2, Ctrl-C is 130;
-    an unexpected exception is a defect of ours, and looks like one."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # None: closed, as by >&-
-    sys.stderr = sys.stderr or open(os.devnull, "w")
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that has no ± shows a ?
-    try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # who read our output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (Exception, KeyboardInterrupt) as error:
-        line = in_a_line(error)
-        if line is None:
-            raise
-        from tqdm import tqdm
-        for bar in list(getattr(tqdm, "_instances", ())):
-            bar.leave = False  # clears what it has drawn
-            bar.close()
-        if first_to_tell():
-            print("".join(c if c.isprintable() else "?" for c in line), file=sys.stderr, flush=True)
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
-
-def in_a_line(error):
-    """An exception as a line for people; None if it is a defect."""
-    text = " ".join(str(error).split())
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    if isinstance(error, Oops):
-        return f"error: {text}"
-    if isinstance(error, OSError):
-        return f"error: {error.filename or 'the system says'}: {error.strerror or text}"
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
-        return "error: not enough memory: take a smaller --batch or --image-size, or --accumulate"
-    if dist.is_initialized() and re.search(r"(?i)gloo|nccl|connection (closed|reset)|by peer", text):
-        return "error: another process of this run has left"
-    return None
-
-def first_to_tell():
-    """Among processes that torchrun started together, whether nobody has told a mistake yet: others follow from it."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("WORLD_SIZE") == "1":
-        return os.environ.get("RANK", "0") == "0" or dist.is_initialized()
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    return store.add(f"told {os.environ['TORCHELASTIC_RESTART_COUNT']}", 1) == 1
