@@ -135,8 +135,12 @@ def update_norms(norms, features, momentum):
     2 D_t + 1 numbers for each teacher and token type (count, mean, m2), all in one message, and the sets merge exactly
     (Chan et al. 1979). The running averages move by `momentum`: stat <- (1 - m) stat + m batch_stat.
     """
-    keys = [(name, token_type) for name in norms for token_type in norms[name].normalizers]
-    local = [moments(features[name][token_type]) for name, token_type in keys]
+    keys = []
+    local = []
+    for name, norm in norms.items():
+        for token_type in norm.normalizers:
+            keys.append((name, token_type))
+            local.append(moments(features[name][token_type]))
     message = torch.cat(local)[None]
     messages = message
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -149,10 +153,11 @@ def update_norms(norms, features, momentum):
         count, mean, m2 = kernels.merge_moments(moments_t[:, 0], means, m2s)
         std = (m2 / (count - 1).clamp(min=1)).sqrt()
         # Before the update: UNIC standardizes by the averages of the earlier batches.
-        statistics[name][token_type] = norms[name].statistics(token_type, (mean, std))
+        norm = norms[name]
+        statistics[name][token_type] = norm.statistics(token_type, (mean, std))
         # One bad batch must not spoil the averages for good.
         finite = (count > 1) & mean.isfinite().all() & std.isfinite().all()
-        running = norms[name].normalizers[token_type]
+        running = norm.normalizers[token_type]
         running.mean.lerp_(torch.where(finite, mean, running.mean), momentum)
         running.std.lerp_(torch.where(finite, std, running.std), momentum)
     return statistics
@@ -645,8 +650,8 @@ def vit_from_state(state, **options):
     """A ViT without weights (on "meta") of the sizes that `state`, in DINOv2's layout, shows. Head dimension is 64."""
     embed_dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-    if embed_dim % 64 or depth == 0:
-        raise UserError(f"not a supported ViT: {embed_dim} channels (expected a multiple of 64), {depth} blocks")
+    if embed_dim % 64:
+        raise UserError(f"not a supported ViT: {embed_dim} channels, expected a multiple of 64 (the head dimension)")
     class_token = "cls_token" in state
     num_patches = state["pos_embed"].shape[1] - class_token if "pos_embed" in state else 1
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
