@@ -1,17 +1,19 @@
 """DUNE: distill several frozen vision teachers that have nothing in common into one ViT encoder.
 
-This file is the method (DUNE, CVPR 2025, arXiv 2503.14405; UNIC, ECCV 2024, arXiv 2408.05088): the student, the
-standardization of the teachers' features, the loss with data sharing and teacher dropping, and the projectors. The ViT
-and the loading of checkpoints follow. For an image i and a teacher t the loss of a token is
+This file is the method (DUNE, CVPR 2025, arXiv 2503.14405; UNIC, ECCV 2024, arXiv 2408.05088): the student,
+the standardization of the teachers' features, the loss with data sharing and teacher dropping, and the
+projectors. The ViT and the loading of checkpoints follow. For an image i and a teacher t, a token's loss is
 
-    l = 1/2 (1 - cos(s, z)) + 1/2 smooth_l1(s, z)        s = projector_t(student), z = (teacher_t - mean_t) / std_t
+    l = 1/2 (1 - cos(s, z)) + 1/2 smooth_l1(s, z)     s = projector_t(student)
+                                                      z = (teacher_t - mean_t) / std_t
 
-Averaged over tokens it is l_it, and the loss of a step is sum(c_it * l_it) / sum(c_it), where c_it is 0 or 1: whether
-teacher t counts for image i. The division by sum(c) is in train.py, where all images of all processes are known.
+Averaged over tokens it is l_it, and the loss of a step is sum(c_it * l_it) / sum(c_it), where c_it is 0 or 1:
+whether teacher t counts for image i. The division by sum(c) is in train.py, where all images of all processes
+are known.
 
-    student = dune.load("dune_vitbase14_448_paper")           # or a path: our checkpoints and the published ones
-    tokens = student.encoder(images)                          # {"cls": [B, D], "patch": [B, N, D]}
-    dinov2 = student(images)["dinov2"]["patch"]               # DINOv2's features as predicted by its projector
+    student = dune.load("dune_vitbase14_448_paper")     # or a path: our checkpoints and the published ones
+    tokens = student.encoder(images)                    # {"cls": [B, D], "patch": [B, N, D]}
+    dinov2 = student(images)["dinov2"]["patch"]         # DINOv2's features as predicted by its projector
 
 Shapes: B images, T teachers, N patch tokens, D channels of the student, D_t channels of teacher t.
 """
@@ -34,10 +36,10 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 
 
-# ---- The student -----------------------------------------------------------------------------------------------------
+# ---- The student -------------------------------------------------------------------------------------------
 
 class DUNE(nn.Module):
-    """The student: one encoder, and for each teacher a projector and the statistics of the teacher's features.
+    """The student: one encoder, and for each teacher a projector and the statistics of its features.
 
     encoder    a ViT
     teachers   {name: (channels of its features, whether it has a class token)}
@@ -57,14 +59,17 @@ class DUNE(nn.Module):
         for name, (dim, has_cls) in teachers.items():
             self.projectors[name] = PROJECTORS[projector](encoder, dim, has_cls, **projector_options)
             self.teacher_norms[name] = TeacherNorm(dim, has_cls, norm)
-        # Projectors read the tokens before the encoder's last norm. It gets no gradient, so DDP must not wait for one;
-        # it stays the identity up to LayerNorm's own normalization. Published files hold it as it was initialized, too.
+        # Projectors read the tokens before the encoder's last norm. It gets no gradient, so DDP must not wait
+        # for one; it stays the identity up to LayerNorm's own normalization. Published files hold it as it
+        # was initialized, too.
         encoder.norm.requires_grad_(False)
 
     def forward(self, images, index=None):
-        """images [B, 3, H, W] -> {teacher: {"cls": [B, D_t] or None, "patch": [B, N, D_t]}}, standardized features.
+        """The student's predictions of the teachers' standardized features.
 
-        index {teacher: int64 [b_t]}: project only these images for this teacher. None: all images for every teacher.
+        images [B, 3, H, W] -> {teacher: {"cls": [B, D_t] or None, "patch": [B, N, D_t]}}
+        index {teacher: int64 [b_t]}: project only these images for this teacher. None: all images for every
+        teacher.
         """
         all_blocks = any(projector.uses_all_blocks for projector in self.projectors.values())
         tokens = self.encoder.tokens(images, return_all_blocks=all_blocks)
@@ -74,7 +79,7 @@ class DUNE(nn.Module):
         return outputs
 
     def project(self, teacher, tokens, index=None):
-        """encoder.tokens(...) of the images `index` through one projector: {"cls": [b, D_t] or None, "patch"}."""
+        """Tokens of the encoder, those of the images `index`, through one projector: {"cls", "patch"}."""
         if index is not None:
             tokens = [x[index] for x in tokens] if isinstance(tokens, list) else tokens[index]
         projected = split_tokens(self.projectors[teacher](tokens), True)
@@ -83,7 +88,7 @@ class DUNE(nn.Module):
         return projected
 
 
-# ---- Standardization of the teachers' features -----------------------------------------------------------------------
+# ---- Standardization of the teachers' features -------------------------------------------------------------
 
 class RunningStats(nn.Module):
     """Running mean and std of one token type of one teacher, fp32 [D_t] each."""
@@ -98,8 +103,8 @@ class TeacherNorm(nn.Module):
     """Standardizes one teacher's features per channel, class and patch tokens separately (DUNE section 3.3).
 
     style "dune": batch statistics in training, running averages in evaluation: (x - mean) / max(std, 1e-3).
-    style "unic": running averages always; the batch updates them afterwards: (x - mean) / (std + 1e-6). In the first
-    step they are still mean 0 and std 1.
+    style "unic": running averages always; the batch updates them afterwards: (x - mean) / (std + 1e-6). In
+    the first step they are still mean 0 and std 1.
     """
 
     def __init__(self, dim, has_cls, style="dune"):
@@ -118,7 +123,7 @@ class TeacherNorm(nn.Module):
         return mean, std.clamp(min=1e-3)
 
     def forward(self, features):
-        """Evaluation: features standardized by the running averages, fp32. A token type without statistics is None."""
+        """Evaluation: features standardized by the running averages, fp32; None where there are none."""
         out = {"cls": None, "patch": None}
         for token_type in self.normalizers:
             mean, std = self.statistics(token_type)
@@ -128,12 +133,13 @@ class TeacherNorm(nn.Module):
 
 
 def update_norms(norms, features, momentum):
-    """One training step of standardization: {teacher: {token type: (mean, std)}} to standardize this batch by.
+    """One training step of standardization. Returns {teacher: {token type: (mean, std)}} for this batch.
 
-    norms {teacher: TeacherNorm}; features {teacher: {"cls": [b, D_t] or None, "patch": [b, N, D_t]}}: the raw features
-    of this process. The statistics are those of the tokens of all processes. Instead of features each process sends
-    2 D_t + 1 numbers for each teacher and token type (count, mean, m2), all in one message, and the sets merge exactly
-    (Chan et al. 1979). The running averages move by `momentum`: stat <- (1 - m) stat + m batch_stat.
+    norms {teacher: TeacherNorm}; features {teacher: {"cls": [b, D_t] or None, "patch": [b, N, D_t]}}: the raw
+    features of this process. The statistics are those of the tokens of all processes. Instead of features
+    each process sends 2 D_t + 1 numbers for each teacher and token type (count, mean, m2), all in one
+    message, and the sets merge exactly (Chan et al. 1979). The running averages move by `momentum`: stat <-
+    (1 - m) stat + m batch_stat.
     """
     keys = []
     local = []
@@ -164,7 +170,7 @@ def update_norms(norms, features, momentum):
 
 
 def moments(x):
-    """fp32 [1 + 2 D]: number of tokens in x [..., D], their mean and sum of squared deviations per channel."""
+    """fp32 [1 + 2 D]: number of tokens in x [..., D], mean and sum of squared deviations per channel."""
     if x.numel() == 0:
         return torch.zeros(1 + 2 * x.shape[-1], device=x.device)
     count = torch.full((1,), x.numel() // x.shape[-1], device=x.device, dtype=torch.float32)
@@ -172,17 +178,17 @@ def moments(x):
     return torch.cat([count, mean, m2])
 
 
-# ---- Loss, data sharing, teacher dropping ----------------------------------------------------------------------------
+# ---- Loss, data sharing, teacher dropping ------------------------------------------------------------------
 
-LOSS_WEIGHTS = {"cos": 0.5, "smooth_l1": 0.5}  # the loss of a token is the weighted sum of these terms (UNIC eq. 2)
+LOSS_WEIGHTS = {"cos": 0.5, "smooth_l1": 0.5}  # a token's loss is the weighted sum of these (UNIC eq. 2)
 
 
 def token_losses(student, teacher, mean, std):
     """{term: fp32 [...]}, the terms of the loss of every token.
 
-    student, teacher [..., D_t]: predicted features, and the teacher's raw features, which are standardized by mean and
-    std [D_t] inside of the kernel. cos: 1 - cosine similarity. smooth_l1: mean over channels, beta 1.
-    A new term is one more entry here and in LOSS_WEIGHTS.
+    student, teacher [..., D_t]: predicted features, and the teacher's raw features, which are standardized by
+    mean and std [D_t] inside of the kernel. cos: 1 - cosine similarity. smooth_l1: mean over channels, beta
+    1. A new term is one more entry here and in LOSS_WEIGHTS.
     """
     # eps=0: TeacherNorm.statistics has already bounded std.
     cos, smooth_l1 = kernels.distill_loss(student, teacher, mean, std, beta=1.0, eps=0.0)
@@ -193,8 +199,8 @@ def image_losses(student, teacher, statistics):
     """Losses of one teacher: (loss [b] of every image, its terms {"cls_cos": [b], "patch_cos": [b], ...}).
 
     student, teacher: {"cls": [b, D_t] or None, "patch": [b, N, D_t]}, the teacher's are raw features.
-    statistics {token type: (mean, std)}. Patch tokens are averaged. If the teacher has a class token, its loss and the
-    mean of the patch tokens count equally.
+    statistics {token type: (mean, std)}. Patch tokens are averaged. If the teacher has a class token, its
+    loss and the mean of the patch tokens count equally.
     """
     terms = {}
     loss = 0
@@ -210,8 +216,8 @@ def image_losses(student, teacher, statistics):
 def batch_losses(outputs, features, statistics, index, count):
     """image_losses of every teacher: (losses [count, T], {teacher: terms}).
 
-    outputs, features {teacher: tokens of the images index[teacher]}; index {teacher: int64 [b_t]}: which of the
-    `count` images the teacher supervises. The losses of all other images are 0.
+    outputs, features {teacher: tokens of the images index[teacher]}; index {teacher: int64 [b_t]}: which of
+    the `count` images the teacher supervises. The losses of all other images are 0.
     """
     losses = []
     terms = {}
@@ -225,12 +231,14 @@ def teacher_coefficients(losses, teacher_mask, drop, uniform):
     """c [B, T], 0 or 1: which teachers count for which images (data sharing, then teacher dropping).
 
     losses [B, T]: the choice depends on them, but no gradient flows through it.
-    teacher_mask bool [B, T], data sharing (DUNE section 3.2): may teacher t supervise image i? With "all" every teacher
-    supervises every image. With "own" a teacher supervises the images of its own data only. "own+generic" is "own",
-    and images of a generic teacher's data are supervised by all. A teacher is generic if its data shows everything
-    there is, as DINOv2's web images do, while MASt3R's scenes and Multi-HMR's people are special.
-    drop, uniform [B, T] in 0..1, teacher dropping (UNIC section 3.3): of the teachers that may supervise an image the
-    one with the largest loss always counts; each other one is dropped with probability `drop`, where uniform < drop.
+    teacher_mask bool [B, T], data sharing (DUNE section 3.2): may teacher t supervise image i? With "all"
+    every teacher supervises every image. With "own" a teacher supervises the images of its own data only.
+    "own+generic" is "own", and images of a generic teacher's data are supervised by all. A teacher is generic
+    if its data shows everything there is, as DINOv2's web images do, while MASt3R's scenes and Multi-HMR's
+    people are special.
+    drop, uniform [B, T] in 0..1, teacher dropping (UNIC section 3.3): of the teachers that may supervise an
+    image the one with the largest loss always counts; each other one is dropped with probability `drop`,
+    where uniform < drop.
     """
     hardest = losses.detach().masked_fill(~teacher_mask, -math.inf).argmax(1, keepdim=True)
     keep = (uniform >= drop).scatter(1, hardest, True)
@@ -238,14 +246,15 @@ def teacher_coefficients(losses, teacher_mask, drop, uniform):
 
 
 def weighted_sum(losses, coefficients):
-    """(sum(c * l), sum(c)). Their ratio over all images of all processes is the loss of the step (UNIC eq. 3).
+    """(sum(c * l), sum(c)). Their ratio over all images of all processes is the loss (UNIC eq. 3).
 
-    where() and not a product: a teacher that does not count for an image must not matter, not even if its loss is NaN.
+    where() and not a product: a teacher that does not count for an image must not matter, not even if its
+    loss is NaN.
     """
     return torch.where(coefficients > 0, coefficients * losses, 0).sum(), coefficients.sum()
 
 
-# ---- Projectors ------------------------------------------------------------------------------------------------------
+# ---- Projectors --------------------------------------------------------------------------------------------
 # They map the student's class and patch tokens, before its last norm, to a teacher's channels:
 # [B, 1 + N, D] -> [B, 1 + N, D_t]. All teachers of a student have projectors of the same class.
 
@@ -290,7 +299,7 @@ class SimpleProjector(Projector):
 
 
 class LadderProjector(Projector):
-    """LP, UNIC's: an MLP on the output of every encoder block, summed, own weights for class and for patch tokens."""
+    """LP, UNIC's: an MLP on the output of every encoder block, summed; own weights for each token type."""
 
     uses_all_blocks = True
     width_keys = {"hidden": "rungs.patch.0.fc1.bias", "last_hidden": "rungs.patch.{last}.fc1.bias"}
@@ -325,7 +334,7 @@ def apply_per_token_type(mlps, tokens):
     return torch.cat([mlps[0](tokens[:, :1]), mlps[-1](tokens[:, 1:])], 1)
 
 
-# ---- The ViT ---------------------------------------------------------------------------------------------------------
+# ---- The ViT -----------------------------------------------------------------------------------------------
 
 class Attention(nn.Module):
     def __init__(self, dim, num_heads):
@@ -366,7 +375,7 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. drop_path: in training, each image skips each half with this probability."""
+    """Pre-norm transformer block. drop_path: probability that an image skips a half of it in training."""
 
     def __init__(self, dim, num_heads, layer_scale=None, drop_path=0.0, eps=1e-6, gelu="none"):
         super().__init__()
@@ -392,11 +401,12 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """The Vision Transformer of the student and of every teacher.
 
-    image_size, patch_size   pixels; the learned position embedding covers (image_size // patch_size)^2 patches
+    image_size, patch_size   pixels; the position embedding covers (image_size // patch_size)^2 patches
     registers, class_token   number of register tokens; whether there is a class token
-    position     a learned embedding, named by how it is resized to other grids: "offset" (DUNE, DINOv2 without
-                 registers), "antialias" (DINOv2 with registers), "size" (SigLIP); or a rotary one on q and k of every
-                 block: "rope" (MASt3R), "rope_centered" (DINOv3, its periods are in the checkpoint)
+    position     a learned embedding, named by how it is resized to other grids: "offset" (DUNE, DINOv2
+                 without registers), "antialias" (DINOv2 with registers), "size" (SigLIP); or a rotary one on
+                 q and k of every block: "rope" (MASt3R), "rope_centered" (DINOv3, its periods are in the
+                 checkpoint)
     layer_scale  initial value of LayerScale, None for no LayerScale
     drop_path    stochastic depth of the last block, rising linearly from 0 at the first
     eps, gelu    of the LayerNorms and of the MLPs
@@ -435,7 +445,7 @@ class ViT(nn.Module):
         self.apply(init_linear)
 
     def forward(self, images, norm=True):
-        """images [B, 3, H, W] -> {"cls": [B, D] or None, "patch": [B, N, D]}; norm=False skips the last LayerNorm."""
+        """images [B, 3, H, W] -> {"cls": [B, D] or None, "patch": [B, N, D]}; norm=False: before the norm."""
         x = self.tokens(images)
         if norm:
             x = self.norm(x)
@@ -444,8 +454,8 @@ class ViT(nn.Module):
     def tokens(self, images, return_all_blocks=False):
         """Class and patch tokens before the last norm, the input of the projectors: [B, 1 + N, D].
 
-        images [B, 3, H, W], ImageNet-normalized; H and W are divisible by the patch size. Without a class token
-        [B, N, D]. return_all_blocks: a list with the output of every block instead of the last one's.
+        images [B, 3, H, W], ImageNet-normalized; H and W are divisible by the patch size. Without a class
+        token [B, N, D]. return_all_blocks: a list with the output of every block instead of the last one's.
         """
         rows, cols = token_grid(images, self.patch_size)
         x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)  # [B, N, D]
@@ -473,7 +483,7 @@ class ViT(nn.Module):
         return outputs if return_all_blocks else x[:, self.registers:]
 
     def interpolate_pos_embed(self, rows, cols, mode=None):
-        """The position embedding [1, (1 +) rows * cols, D] of a token grid; at the trained size it is not changed.
+        """The position embedding [1, (1 +) rows * cols, D] of a token grid; unchanged at the trained size.
 
         mode: "offset", "antialias" or "size", see the class; None: this ViT's own.
         """
@@ -481,7 +491,8 @@ class ViT(nn.Module):
             return self.pos_embed
         mode = mode or self.position
         cls, patches = self.pos_embed.tensor_split([-self.grid**2], 1)
-        patches = patches.float().unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)  # [1, D, grid, grid]
+        patches = patches.float().unflatten(1, (self.grid, self.grid))  # [1, grid, grid, D]
+        patches = patches.permute(0, 3, 1, 2)
         if mode == "offset":  # the 0.1 is DINOv2's own, kept because its weights are used with it
             scale = (rows + 0.1) / self.grid, (cols + 0.1) / self.grid
             patches = F.interpolate(patches, scale_factor=scale, mode="bicubic")
@@ -500,7 +511,7 @@ SIZES = {  # the field's ViT sizes; tiny is this project's own, for the laptop
 
 
 def token_grid(images, patch_size):
-    """(rows, cols) of the tokens of images [..., H, W]. UserError if a side is not divisible by the patch size."""
+    """(rows, cols) of the tokens of images [..., H, W]. UserError if the patch size does not divide H, W."""
     height, width = images.shape[-2:]
     if height % patch_size or width % patch_size:
         raise UserError(f"image size {height}x{width} is not divisible by the patch size {patch_size}")
@@ -511,13 +522,15 @@ def attention(q, k, v):
     """softmax(q k^T / sqrt(d)) v of [B, heads, N, d]."""
     if q.device.type != "cpu" or not q.requires_grad or k.shape[-2] > 512:
         return F.scaled_dot_product_attention(q, k, v)
-    # Training on CPUs: torch's fused one takes eight times as long in bf16 (69 tokens). For many tokens it saves memory.
+    # Training on CPUs: torch's fused one takes eight times as long in bf16 (69 tokens). For many tokens it
+    # saves memory.
     return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
 
 
 def rope_cos_sin(rows, cols, prefix, dim, device, periods=None):
-    """(cos, sin), each [prefix + rows * cols, dim]: half of the channels turn with the row, half with the column.
+    """Rotary position embedding: (cos, sin), each [prefix + rows * cols, dim].
 
+    Half of the channels turn with the row, half with the column.
     The prefix tokens (class and registers) have no place in the image and are not turned.
     periods  None: MASt3R's RoPE, coordinates count from 0. [dim / 4]: DINOv3's, coordinates run from -1 to 1.
     """
@@ -557,7 +570,7 @@ def init_linear(module):
         nn.init.zeros_(module.bias)
 
 
-# ---- Loading ---------------------------------------------------------------------------------------------------------
+# ---- Loading -----------------------------------------------------------------------------------------------
 
 class UserError(ValueError):
     """An error in the user's input: shown as one line that says what to do, without a traceback."""
@@ -583,10 +596,10 @@ KEY_PATTERNS = {  # published keys -> ours
 
 
 def load(path_or_name, encoder_only=False):
-    """A trained student in eval mode on the CPU: a DUNE, or with encoder_only its ViT. Sizes are read off the tensors.
+    """A trained student in eval mode on the CPU: a DUNE, or with encoder_only its ViT.
 
-    path_or_name: a checkpoint of ours, a published DUNE or UNIC file, or a name of PUBLISHED_NAMES (downloaded).
-    UserError if the file cannot be read or does not hold such a model.
+    path_or_name: a checkpoint of ours, a published DUNE or UNIC file, or a name of PUBLISHED_NAMES, which is
+    downloaded. All sizes are read off the tensors. UserError if the file does not hold such a model.
     """
     path = str(path_or_name)
     if path in PUBLISHED_NAMES and not os.path.exists(path):
@@ -605,7 +618,8 @@ def load(path_or_name, encoder_only=False):
 def our_state_dict(content):
     """The state dict of a checkpoint of ours, of DUNE's or of UNIC's, under our keys."""
     tensors = dict(content["model"])
-    for teacher, token_stats in content.get("teacher_ft_stats", {}).items():  # UNIC keeps its averages separately
+    # UNIC keeps its running averages separately.
+    for teacher, token_stats in content.get("teacher_ft_stats", {}).items():
         for token_type, stats in token_stats.items():
             for name, value in stats.items():
                 tensors[f"teacher_norms.{teacher}.normalizers.{token_type}.{name}"] = value.flatten()
@@ -621,7 +635,7 @@ def our_state_dict(content):
 
 
 def dune_from_state(encoder, state, content):
-    """A DUNE without weights (on "meta"), its teachers and projectors as `state` and the recipe of the file say."""
+    """A DUNE without weights (on "meta") with the teachers and projectors of a checkpoint."""
     teachers = {}
     for key, value in state.items():
         match = re.fullmatch(r"teacher_norms\.(\w+)\.normalizers\.patch\.mean", key)
@@ -647,11 +661,11 @@ def dune_from_state(encoder, state, content):
 
 
 def vit_from_state(state, **options):
-    """A ViT without weights (on "meta") of the sizes that `state`, in DINOv2's layout, shows. Head dimension is 64."""
+    """A ViT without weights (on "meta"), its sizes read off a state dict in DINOv2's layout; heads of 64."""
     embed_dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     if embed_dim % 64:
-        raise UserError(f"not a supported ViT: {embed_dim} channels, expected a multiple of 64 (the head dimension)")
+        raise UserError(f"not a supported ViT: {embed_dim} channels are not divisible by the head dimension 64")
     class_token = "cls_token" in state
     num_patches = state["pos_embed"].shape[1] - class_token if "pos_embed" in state else 1
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
@@ -663,7 +677,7 @@ def vit_from_state(state, **options):
 
 
 def normalize_keys(state):
-    """Published encoder keys under ViT's names: blocks.0.{i}. is blocks.{i}., and the unused mask token is left out."""
+    """Published encoder keys under ViT's names: blocks.0.{i}. is blocks.{i}.; the mask token is left out."""
     normalized = {}
     for key, value in state.items():
         if not key.endswith("mask_token"):
@@ -677,7 +691,7 @@ def strip_prefix(state, prefix):
 
 
 def load_strict(module, state):
-    """Load `state` into `module`, also one on "meta", as fp32. Keys and shapes must match; values must be finite."""
+    """Load `state` as fp32, also into a module on "meta". Keys and shapes must match, values be finite."""
     weights = {key: value.float() for key, value in state.items()}
     module.load_state_dict(weights, assign=True)
     for key, value in weights.items():
@@ -689,7 +703,8 @@ def load_strict(module, state):
 def load_checkpoint(path):
     """The content of a checkpoint or a .safetensors file, tensors on the CPU. UserError if it is none.
 
-    No code in the file is executed: weights_only=True, and argparse.Namespace as the only class besides tensors.
+    No code in the file is executed: weights_only=True, and argparse.Namespace as the only class besides
+    tensors.
     """
     path = str(path)
     if not os.path.isfile(path):
@@ -707,7 +722,7 @@ def load_checkpoint(path):
 
 
 def load_safetensors(path):
-    """{name: tensor} of a .safetensors file: 8 bytes with the length of a JSON header, the header, the data."""
+    """{name: tensor} of a .safetensors file: length of the header (8 bytes), header (JSON), data."""
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
     with open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
@@ -723,7 +738,7 @@ def load_safetensors(path):
 
 @contextlib.contextmanager
 def user_errors(path):
-    """Turn whatever goes wrong while a file from outside becomes a model into a UserError with path and message."""
+    """Turn whatever goes wrong while a file from outside becomes a model into a UserError with its path."""
     try:
         yield
     except (MemoryError, OSError):
@@ -751,7 +766,7 @@ def download(url):
 
 
 def cached_path(url):
-    """Where download() keeps a file. Hugging Face has many files of one name: theirs are named after the repository."""
+    """Where download() keeps a file. Those of Hugging Face, many of one name, are named by repository."""
     parts = url.split("/")
     name = parts[-1]
     if parts[2] == "huggingface.co":

@@ -1,805 +1,800 @@
-"""Distil frozen teachers into one student.
+"""Distill frozen teachers into one student.
 
-    torchrun train.py --preset tiny                      # a laptop, minutes, nothing to download: see what it is about
-    torchrun --nproc_per_node=8 train.py --teachers dinov2,mast3r,multihmr \\
-        --data dinov2=/d/in1k --data mast3r=/d/habitat --data multihmr=/d/bedlam              # the published stage 1
-    torchrun --nproc_per_node=8 train.py --preset stage2 --init out/stage1/checkpoint.pt --data ...      # and stage 2
-    python train.py ...                                  # the same on one process
+    torchrun train.py --preset tiny                      # a laptop, minutes, nothing to download: see what it
+    is about torchrun --nproc_per_node=8 train.py --teachers dinov2,mast3r,multihmr \\
+        --data dinov2=/d/in1k --data mast3r=/d/habitat --data multihmr=/d/bedlam              # the published
+        stage 1
+    torchrun --nproc_per_node=8 train.py --preset stage2 --init out/stage1/checkpoint.pt --data ...      # and
+    stage 2
 
-A run writes into its folder: checkpoint.pt, log.jsonl (a line per log step), bad_images.txt, pca.png. The same command
-started again continues where it stopped. SIGTERM and SIGUSR1 finish the step, write a checkpoint and leave with code 0.
+`python train.py ...` runs the same on one process. A run writes into its folder: checkpoint.pt, log.jsonl,
+plot.png, pca.png, bad_images.txt. The same command started again continues where it stopped. SIGTERM and
+SIGUSR1 end a run within ten steps with a checkpoint and exit code 0.
 """
 
-import contextlib
-import copy
-import glob
+import argparse
+import functools
 import json
 import math
 import os
-import shutil
+import re
 import signal
 import sys
 import time
 import warnings
-from dataclasses import dataclass
 from datetime import timedelta
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
 import dune
-import eval as evaluation
-import teachers as zoo
-from dune import Oops, option
+from dune import UserError
+from teachers import TEACHERS, fast_bf16, list_teachers, load_teacher
 
-# ---- The recipe: what makes a run. The defaults are the published first stage. ---------------------------------------
 
-RECIPE = {
-    "teachers": option("dinov2,mast3r,multihmr", f"which teachers, of: {', '.join(zoo.TEACHERS)}"),
-    "arch": option("base", "the student's size", choices=dune.SIZES),
-    "patch_size": option(14, "the student's patch size, pixels", 1, 64),
-    "image_size": option(336, "side of the training images, pixels", 1, 4096),
-    "registers": option(4, "the student's register tokens", 0, 1000),
-    "layer_scale": option(1e-4, "initial LayerScale of the student, 0 = none", 0, 1),
-    "drop_path": option(0.0, "stochastic depth of the student's last block", 0, 0.99),
-    "projector": option("tp", "tp: transformer, sp: simple, lp: UNIC's ladder", choices=dune.PROJECTORS),
-    "norm": option("dune", "standardise teachers by the batch (dune) or their running average (unic)",
-                   choices=("dune", "unic")),
-    "sharing": option("all", "who teaches an image: all, its own teachers, or all if it is generic (own+generic)",
-                      choices=data.SHARING),
-    "drop": option(0.5, "teacher dropping probability", 0, 1),
-    "batch": option(0, "images per step over all processes; 0 = 128 per process", 0, 1e6),
-    "epochs": option(100.0, "epochs of --epoch-images", 1e-6, 1e6),
-    "epoch_images": option(1_281_167, "images in an epoch", 1, 1e11),
-    "steps": option(0, "length of the run in steps, instead of --epochs"),
-    "lr": option(3e-4, "learning rate for a batch of 256; scaled linearly with the batch", 1e-12, 1e3),
-    "min_lr": option(1e-6, "learning rate at the end", 0, 1e3),
-    "warmup": option(0.2, "share of the run in which the learning rate rises", 0, 1),
-    "weight_decay": option(0.03, "weight decay of matrices; biases and 1-D parameters have none", 0, 10),
-    "eps": option(1e-15, "AdamW's", 0, 1),
-    "clip": option(1.0, "largest gradient norm of each parameter tensor on its own; 0 = no clipping"),
-    "crop": option(0.4, "smallest share of the image's area that a random crop keeps", 0.01, 1),
-    "colour": option(1.0, "share of the images that get the random colours, blur and so on", 0, 1),
-    "seed": option(0, "of everything random: weights, order, crops, dropping", 0, 2**31),
-    "dtype": option("auto", "bf16: autocast; auto: where the hardware multiplies it", choices=("auto", "fp32", "bf16")),
+# ---- Options -----------------------------------------------------------------------------------------------
+# {name: (default, help[, (lowest, highest) or choices])}; numbers are at least 0 if nothing is said.
+
+RECIPE = {  # what makes a run; the defaults are the published first stage
+    "teachers": ("dinov2,mast3r,multihmr", "comma-separated names, see --list-teachers"),
+    "arch": ("base", "size of the student", tuple(dune.SIZES)),
+    "patch_size": (14, "patch size of the student, pixels", (1, 64)),
+    "image_size": (336, "side of the training images, pixels", (1, 4096)),
+    "registers": (4, "register tokens of the student"),
+    "layer_scale": (1e-4, "initial LayerScale of the student, 0 = none"),
+    "drop_path": (0.0, "stochastic depth of the student's last block", (0, 0.99)),
+    "projector": ("tp", "tp: transformer, sp: simple, lp: UNIC's ladder", dune.PROJECTORS),
+    "norm": ("dune", "standardize by batch statistics (dune) or running averages (unic)", ("dune", "unic")),
+    "sharing": ("all", "which teachers supervise an image, see dune.teacher_coefficients", data.SHARING),
+    "drop": (0.5, "teacher dropping probability", (0, 1)),
+    "batch": (0, "images per step over all processes; 0 = 128 per process"),
+    "epochs": (100.0, "length of the run, in epochs of --epoch-images", (1e-6, 1e6)),
+    "epoch_images": (1_281_167, "images in an epoch", (1, 1e11)),
+    "steps": (0, "length of the run in steps, instead of --epochs"),
+    "lr": (3e-4, "learning rate for a batch of 256; scaled linearly with the batch"),
+    "min_lr": (1e-6, "learning rate at the end"),
+    "warmup": (0.2, "share of the run in which the learning rate rises", (0, 1)),
+    "weight_decay": (0.03, "weight decay of matrices; biases and 1-D parameters have none"),
+    "beta1": (0.9, "of AdamW", (0, 0.99999)),
+    "beta2": (0.99, "of AdamW", (0, 0.99999)),
+    "eps": (1e-15, "of AdamW"),
+    "clip": (1.0, "largest gradient norm of each parameter tensor on its own; 0 = no clipping"),
+    "crop": (0.4, "smallest share of the image's area that a random crop keeps", (0.01, 1)),
+    "color": (1.0, "share of the images with color jitter, blur and so on", (0, 1)),
+    "seed": (0, "random seed of weights, order, crops and dropping"),
+    "dtype": ("auto", "bf16: autocast; auto: bf16 if the hardware multiplies it", ("auto", "fp32", "bf16")),
 }
 PRESETS = {
     "stage1": {},
     "stage2": dict(image_size=448, epochs=50.0, lr=5e-5),          # with --init out/stage1/checkpoint.pt
-    "small": dict(arch="small"),
-    "unic": dict(teachers="dino,deit3,ibot,dbotft", patch_size=16, image_size=224, registers=0, layer_scale=0.0,
-                 drop_path=0.1, projector="lp", norm="unic", epochs=200.0, warmup=0.05, crop=0.08,
-                 clip=0.0, eps=1e-8),
+    "unic": dict(teachers="dino,deit3,ibot,dbotft", patch_size=16, image_size=224, registers=0,
+                 layer_scale=0.0, drop_path=0.1, projector="lp", norm="unic", epochs=200.0, warmup=0.05,
+                 crop=0.08, clip=0.0, eps=1e-8),
     "tiny": dict(arch="tiny", image_size=112, batch=32, steps=1500, sharing="own", lr=28e-3, warmup=0.1,
-                 layer_scale=0.0, crop=1.0, colour=0.0),
+                 layer_scale=0.0, crop=1.0, color=0.0),
 }
-TINY_SCENES = ":1000000-1003000"  # the tiny preset's, of each domain: few enough to be drawn once, new to its teachers
-
-# What may change between the parts of one run: its result stays the same, but for rounding (--compress: in bf16), and
-# for stochastic depth, which each process draws for each part.
-MACHINE = {
-    "preset": option("stage1", "a set of defaults, see PRESETS in this file", choices=PRESETS),
-    "data": option([], "images: folders, .tar, .txt lists, or a file of such lines; none: procedural scenes",
-                   metavar="TEACHER=SOURCE[,SOURCE]"),
-    "val": option([], "held-out images for the table at the end, like --data", metavar="TEACHER=SOURCE"),
-    "weights": option([], "a teacher's weights, instead of downloading them", metavar="TEACHER=FILE"),
-    "random_teachers": option(False, "random weights of the published size: for measuring only"),
-    "init": option(None, "start from this student, or a teacher's encoder of its shape (another image size is fine)",
-                   metavar="CHECKPOINT|TEACHER"),
-    "out": option(None, "folder of the run; default out/PRESET", metavar="FOLDER"),
-    "resume": option("yes", "continue the run that --out holds, or begin anew", choices=("yes", "no")),
-    "log_every": option(10, "steps between lines of the log (the only place that waits for the device)", 1),
-    "save_every": option(1000, "steps between checkpoints", 1),
-    "keep": option(1, "how many of the latest checkpoints to keep", 1, 1e6),
-    "milestone_epochs": option(0, "keep a checkpoint for good every so many epochs; 0 = never", 0, 1e6),
-    "workers": option(-1, "data processes for each training process; -1 = cores / processes (less two on the CPU), "
-                          "at most 16", -1, 256),
-    "accumulate": option(1, "split each process's batch into so many parts to save memory", 1, 1e6),
-    "recompute": option(False, "recompute the student's blocks in the backward pass to save memory"),
-    "compile": option("auto", "torch.compile for teachers and student; auto = on GPUs", choices=("auto", "yes", "no")),
-    "compress": option(False, "send gradients between processes in bf16"),
-    "device": option("auto", "auto = cuda if there is one", choices=("auto", "cpu", "cuda")),
-    "bench": option(0, "measure so many steps, print where the time goes, write nothing", 0, 1e5, metavar="STEPS"),
-    "plot": option(None, "draw the logs of these run folders over each other and leave", nargs="+", metavar="RUN"),
+TINY_SCENES = ":1000000-1003000"  # data of the tiny preset: few enough to be drawn once, new to its teachers
+RUN_OPTIONS = {  # these do not affect the result (up to rounding) and may differ when a run is resumed
+    "preset": ("stage1", "a set of defaults, see PRESETS in this file", PRESETS),
+    "data": ([], "TEACHER=SOURCE[,SOURCE]: folders, .tar, .txt lists; without any: procedural scenes"),
+    "val": ([], "held-out images for --eval-every, like --data; without any: unseen procedural scenes"),
+    "weights": ([], "TEACHER=FILE: weights of a teacher, instead of downloading them"),
+    "random_teachers": (False, "random weights of the published size: for measuring only"),
+    "init": (None, "start from this student, at any image size, or from a teacher's encoder of its shape"),
+    "out": (None, "folder of the run (default: out/PRESET)"),
+    "resume": ("yes", "continue the run in --out, or start over", ("yes", "no")),
+    "log_every": (10, "steps between lines of the log", (1, 1e9)),
+    "eval_every": (0, "steps between evaluations on held-out images; 0 = twenty times a run"),
+    "save_every": (1000, "steps between checkpoints", (1, 1e9)),
+    "workers": (-1, "data workers per process; -1 = all cores, but two for the networks on a CPU", (-1, 256)),
+    "accumulate": (1, "number of micro-batches of each process, to save memory", (1, 1e6)),
+    "recompute": (False, "recompute the student's blocks in the backward pass to save memory"),
+    "compile": ("auto", "torch.compile teachers and student; auto = on GPUs", ("auto", "yes", "no")),
+    "device": ("auto", "auto = cuda if there is one", ("auto", "cpu", "cuda")),
+    "bench": (0, "measure this number of steps, write nothing"),
+    "plot": (None, "comma-separated run folders: draw their logs into one plot and exit"),
+    "show_data": (None, "print what --data holds, write samples to this PNG and exit"),
+    "list_teachers": (False, "print the teachers, their licenses and files, and exit"),
 }
 
-# ---- The loop --------------------------------------------------------------------------------------------------------
+
+# ---- The loop ----------------------------------------------------------------------------------------------
 
 def main(argv=None):
-    args = parse(argv)
+    args = parse_args(argv)
+    if args.list_teachers:
+        return list_teachers()
     if args.plot:
-        return print(f"wrote {evaluation.plot_logs(args.plot)}")
-    processes = Processes(args.device)
-    device = processes.device
-    check(args, processes)
-    checkpoint = Checkpoint(args, processes)
-    table = {t: zoo.TEACHERS[t] for t in args.teachers}
-    # A group: the images of one owner, or of several; every batch holds equally many of each.
-    groups = data.parse_data(args.data, table, TINY_SCENES if args.preset == "tiny" else "")
-    held_out = evaluation.held_out(args.val, groups, table, args.image_size)
-    teachers = build_teachers(args, processes)
-    model = build_student(args, teachers, checkpoint.state).to(device)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups_of_parameters = parameter_groups(model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups_of_parameters, args.lr, betas=(0.9, 0.99), eps=args.eps, fused=True)
-    start = checkpoint.restore(optimizer)
-    describe(args, processes, model)
-    if not checkpoint.before and not args.bench:
-        checkpoint.before = evaluation.held_out_losses(model, teachers, held_out["image"], args.grid)
-    clock = Clock(args, processes, model, teachers)
-    ddp = processes.distribute(compiled(args, model, teachers, device), args.compress)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
-    may_teach = data.teacher_mask(groups, args.teachers, args.sharing).numpy()
-    batches = data.batches(groups, args.image_size, args.batch, args.seed, processes.rank, processes.world, start,
-                           args.workers, scale=(args.crop, 1.0), colour=args.colour)
-    log = Log(args, processes, start)
-    processes.listen()
+        return print("wrote", plot_logs(args.plot.split(",")))
+
+    # Data. A group is the images of one teacher, or of several; a batch holds equally many images of each group.
+    rows = {name: TEACHERS[name] for name in args.teachers}
+    groups = data.parse_data(args.data, rows, TINY_SCENES if args.preset == "tiny" else "")
+    teacher_mask = data.teacher_mask(groups, args.teachers, args.sharing)  # bool [groups, T]
+    held_out_groups = data.parse_data(args.val, rows)
+    if args.show_data:
+        return data.show_data(groups, args.teachers, args.image_size, args.show_data)
+
+    # Teachers, student, optimizer
+    rank, world, device = init_distributed(args.device)
+    resolve_args(args, world, device, teacher_mask)
+    checkpoint = read_checkpoint(args)                                # None: a new run
+    teachers = build_teachers(args, device)
+    student = build_student(args, teachers, checkpoint).to(device)
+    params = [p for p in student.parameters() if p.requires_grad]
+    optimizer, start = build_optimizer(args, params, checkpoint)      # start: number of steps already done
+    held_out = HeldOut(held_out_images(args, held_out_groups), teachers, args.grid)
+    model = compile_and_wrap(args, student, teachers, world, device)
+    loader = data.batches(groups, args.image_size, args.batch, args.seed, rank, world, start, args.workers,
+                          (args.crop, 1.0), args.color)
+    parts = model, student, teachers, optimizer, params, teacher_mask, rank, world
+    print_config(args, rank, world, device)
+    if args.bench:
+        return bench(args, loader, parts)
+    log = Log(args, rank, world, start)
+    stop = StopSignal()
 
     for step in range(start, args.steps):
-        seed = args.seed + 7919 * step
-        with clock.span("data"):
-            batch = log.next(batches)                                # this process's share of global batch `step`
-            torch.manual_seed(seed + 1 + processes.rank)             # for stochastic depth: nothing to save
-            images = data.augment(batch["image"].to(device, non_blocking=True), batch["params"])
-            allowed = may_teach[batch["group"].numpy()]              # [b, T]: may teacher j teach image i?
-            rows = {t: rows_where(allowed[:, j], device) for j, t in enumerate(args.teachers)}
-            noise = drop_noise(args, processes, seed)                # [b, T]
-        with clock.span("teachers"):                                 # 1. the frozen teachers, each on its images
-            features = {t: teacher(images[rows[t]], args.grid) for t, teacher in teachers.items()}
-        with clock.span("statistics"):                               # 2. mean and std per channel, over all processes
-            statistics = dune.update_norms(model.teacher_norms, features, momentum_at(step, args.steps))
-
-        weight = 0                                                   # sum(c) so far
-        for part in parts(args.accumulate, images, features, allowed, noise, ddp):
-            with clock.span("student"), part.sync, autocast:         # 3. the student
-                outputs = ddp(part.images, part.rows)
-            with clock.span("loss"):                                 # sum(c * l) / sum(c), divided below
-                losses, terms = dune.batch_losses(outputs, part.features, statistics, part.rows, len(part.images))
-                coefficients = dune.teacher_coefficients(losses, part.allowed, args.drop, part.noise)
-                total, part_weight = dune.weighted_sum(losses, coefficients)
-            with clock.span("backward"):
-                total.backward()
-            weight = weight + part_weight
-            log.add(part, losses.detach(), terms, coefficients, total.detach(), part_weight)
-
-        with clock.span("optimiser"):                                # 4. one update
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, args.steps, args.lr * args.batch / 256, args.min_lr, args.warmup)
-            scale = processes.world / processes.sum(weight)          # undoes DDP's average, divides by sum(c)
-            norm, skipped = update(parameters, optimizer, scale, args.clip)
-
-        stop = processes.stop_asked()                                # 5. what is not distillation
-        log.step(step + 1, optimizer, norm, skipped, batch["bad"])
-        checkpoint.step(step + 1, stop, model, optimizer)
-        if stop:
+        if step % args.eval_every == 0:
+            log.evaluate(step, student, held_out)
+        batch = next(loader)
+        log.add(batch, train_step(args, step, batch, *parts))         # summed on the device: nothing waits
+        done = step + 1
+        last = done == args.steps or stop.requested(done, world)      # the same on all processes
+        if done % args.log_every == 0 or last:
+            log.write(done, optimizer)                                # waits for the device
+        if done % args.save_every == 0 or last:
+            save_checkpoint(args, rank, done, student, optimizer)
+        if last:
             break
+    finish(args, log, student, teachers, held_out)
 
-    log.bar.close()
-    batches.close()
-    processes.barrier()
-    if args.bench:
-        clock.report()
-    elif processes.rank == 0 and checkpoint.done < args.steps:
-        print(f"stopped at step {checkpoint.done} of {args.steps}; the same command continues")
-    elif processes.rank == 0:
-        finish(args, model, teachers, held_out, checkpoint.before, log)
-    processes.leave()
 
-# ---- A step's parts --------------------------------------------------------------------------------------------------
+def train_step(args, step, batch, model, student, teachers, optimizer, params, teacher_mask, rank, world):
+    """One update of the student. Returns what is logged: {(teacher or "", term): [sum, count] on the device}.
 
-def drop_noise(args, processes, seed):
-    """Uniform numbers for teacher dropping, [b, T]: this process's rows of those of the global batch."""
-    chance = torch.Generator().manual_seed(seed)
-    noise = torch.rand(args.batch, len(args.teachers), generator=chance)
-    return noise.chunk(processes.world)[processes.rank]
-
-def rows_where(allowed, device):
-    """Which images a teacher teaches, an index into them: slice(None) if all. `allowed` [b] is a numpy array, for the
-    host must know: asking a device would wait for it."""
-    return slice(None) if allowed.all() else there(np.flatnonzero(allowed), device)
-
-def there(array, device):
-    return torch.from_numpy(array).to(device, non_blocking=True)
-
-@dataclass
-class Part:
-    """A part of a process's batch: what the student sees at once. rows, features by teacher; allowed, noise [b, T]."""
-    images: torch.Tensor
-    rows: dict
-    features: dict
-    allowed: torch.Tensor
-    noise: torch.Tensor
-    sync: object  # a context: only the last part sends gradients
-
-def parts(number, images, features, allowed, noise, ddp):
-    """A process's batch in so many parts, as equal as may be; features stay views.
-
-    A teacher without an image in a part gets the first one and a feature of zeros, which counts for nothing, for it may
-    not teach that image: its projector must take part in every backward pass, or DDP would wait for it for ever.
+    Shapes: b images on this process, T teachers, b_t images that teacher t supervises, N patch tokens.
     """
-    device = images.device
-    edges = [len(images) * i // number for i in range(number + 1)]
-    for first, last in zip(edges, edges[1:]):
-        rows, targets = {}, {}
-        for j, (t, tokens) in enumerate(features.items()):
-            low, high = allowed[:first, j].sum(), allowed[:last, j].sum()  # features: a teacher's own images alone
-            rows[t] = rows_where(allowed[first:last, j], device)
-            targets[t] = {kind: x[low:high] for kind, x in tokens.items() if x is not None}
-            if low == high:
-                rows[t] = torch.zeros(1, dtype=torch.int64, device=device)
-                targets[t] = {kind: x.new_zeros(1, *x.shape[1:]) for kind, x in targets[t].items()}
-        wait = last < len(images) and isinstance(ddp, DistributedDataParallel)
-        yield Part(images[first:last], rows, targets, there(allowed[first:last], device),
-                   noise[first:last].to(device, non_blocking=True),
-                   ddp.no_sync() if wait else contextlib.nullcontext())
+    device = params[0].device
+    images = data.augment(batch["image"].to(device, non_blocking=True), batch["params"])   # [b, 3, S, S]
+    mask = teacher_mask[batch["group"]]         # bool [b, T] on the CPU: may teacher t supervise image i?
+    index = {name: mask[:, t].nonzero()[:, 0] for t, name in enumerate(teachers)}          # [b_t], sorted
+    uniform = dropping_uniform(args, step, rank, world)                                    # [b, T]
+    torch.manual_seed(step_seed(args, step) + 1 + rank)  # for stochastic depth: the same in a resumed run
 
-def update(parameters, optimizer, scale, clip):
-    """Scale the gradients, clip each tensor's norm on its own, step; what is not finite is skipped, all on the device.
+    # 1. The frozen teachers, each on the images it supervises: {"cls": [b_t, D_t] or None, "patch"}
+    features = {name: teachers[name](images[to_device(index[name], device)], args.grid) for name in teachers}
 
-    The gradients are the same on all processes by now, so all skip together. Returns (gradient norm, 1.0 if skipped).
+    # 2. Mean and std per channel, teacher and token type, over the images of all processes
+    statistics = dune.update_norms(student.teacher_norms, features, momentum_at(step, args.steps))
+
+    # 3. Student, loss, backward, one micro-batch after the other. The loss of the step is sum(c * l) / sum(c)
+    #    over all images of all processes. The coefficients c depend on the losses, so sum(c) is known only
+    #    after the last micro-batch: step 4 divides the gradients by it.
+    metrics = {}
+    for begin, end in micro_batches(len(images), args.accumulate):
+        part_index, targets = select(index, features, begin, end)
+        part_mask = to_device(mask[begin:end], device)
+        part_uniform = to_device(uniform[begin:end], device)
+        model.require_backward_grad_sync = end == len(images)         # DDP: average the gradients once
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
+            outputs = model(images[begin:end], part_index)
+        losses, terms = dune.batch_losses(outputs, targets, statistics, part_index, end - begin)   # [b, T]
+        coefficients = dune.teacher_coefficients(losses, part_mask, args.drop, part_uniform)       # [b, T]
+        loss_sum, coefficient_sum = dune.weighted_sum(losses, coefficients)
+        loss_sum.backward()
+        add_metrics(metrics, losses, terms, coefficients, part_index, loss_sum, coefficient_sum)
+
+    # 4. One step of AdamW. DDP has averaged the gradients over processes: undo that, and divide by sum(c).
+    for group in optimizer.param_groups:
+        group["lr"] = lr_at(step, args.steps, args.lr * args.batch / 256, args.min_lr, args.warmup)
+    coefficient_sum = all_sum(metrics["", "loss"][1].clone(), world)
+    grad_norm, skipped = update(params, optimizer, world / coefficient_sum, args.clip)
+    metrics["", "grad_norm"] = torch.stack([torch.where(skipped > 0, 0, grad_norm), 1 - skipped])
+    metrics["", "skipped"] = torch.stack([skipped, torch.ones_like(skipped)])
+    return metrics
+
+
+# ---- What a step consists of -------------------------------------------------------------------------------
+
+def step_seed(args, step):
+    return args.seed + 7919 * step
+
+
+def dropping_uniform(args, step, rank, world):
+    """Uniform numbers for teacher dropping, [b, T]: this process's part of those of the global batch.
+
+    They are drawn for the global batch, so that any number of processes gives the same run.
     """
-    gradients = [p.grad for p in parameters]
-    norms = torch.stack(torch._foreach_norm(gradients)) * scale
+    generator = torch.Generator().manual_seed(step_seed(args, step))
+    uniform = torch.rand(args.batch, len(args.teachers), generator=generator)
+    return uniform.chunk(world)[rank]
+
+
+def to_device(x, device):
+    """Copy a CPU tensor to the device. The host does not wait for it, which takes pinned memory."""
+    if device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
+def micro_batches(count, number):
+    """(begin, end) of `number` nearly equal parts of `count` images."""
+    bounds = [count * i // number for i in range(number + 1)]
+    return zip(bounds, bounds[1:])
+
+
+def select(index, features, begin, end):
+    """For images begin..end of a batch: {teacher: which of them it supervises}, {teacher: its features of
+    these}."""
+    part_index = {}
+    targets = {}
+    for name, supervised in index.items():
+        first, last = torch.searchsorted(supervised, torch.tensor([begin, end])).tolist()
+        tokens = {token_type: x[first:last] for token_type, x in features[name].items() if x is not None}
+        part_index[name] = to_device(supervised[first:last] - begin, tokens["patch"].device)
+        targets[name] = tokens
+    return part_index, targets
+
+
+def add_metrics(metrics, losses, terms, coefficients, index, loss_sum, coefficient_sum):
+    """Add [sum, count] of a micro-batch's losses, terms and coefficients to `metrics`, all on the device."""
+    pairs = {("", "loss"): (loss_sum, coefficient_sum)}
+    for t, name in enumerate(terms):
+        rows = index[name]
+        values = {**terms[name], "loss": losses[rows, t], "kept": coefficients[rows, t]}
+        for term, value in values.items():
+            pairs[name, term] = value.sum(), value.new_full((), len(value))
+    for key, pair in pairs.items():
+        metrics[key] = metrics.get(key, 0) + torch.stack(pair).detach()
+
+
+def all_sum(x, world):
+    """x summed over all processes, in place."""
+    if world > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def update(params, optimizer, scale, clip):
+    """Scale the gradients, clip the norm of each tensor on its own (as published), one step of the optimizer.
+
+    A gradient that is not finite skips the step on the device, as GradScaler does: fused AdamW does nothing
+    where found_inf is 1. The gradients are the same on all processes by now, so all skip together.
+    Returns (norm of all gradients before clipping, 1.0 if the step was skipped else 0.0), tensors on the
+    device.
+    """
+    grads = [p.grad for p in params]
+    norms = torch.stack(torch._foreach_norm(grads)) * scale
+    factors = scale.expand(len(grads))
     if clip:
-        gain = scale * (clip / (norms + 1e-6)).clamp(max=1)
-        torch._foreach_mul_(gradients, list(gain.unbind()))
-    else:
-        torch._foreach_mul_(gradients, scale)  # one number for all: one launch
-    norm = norms.norm()
-    skipped = 1 - norm.isfinite().float()
-    optimizer.grad_scale = None  # the fused AdamW's own hook for loss scalers: it does nothing where found_inf is 1
+        factors = scale * (clip / (norms + 1e-6)).clamp(max=1)
+    torch._foreach_mul_(grads, list(factors.unbind()))
+    grad_norm = norms.norm()
+    skipped = 1 - grad_norm.isfinite().float()
+    optimizer.grad_scale = None
     optimizer.found_inf = skipped
     optimizer.step()
     optimizer.zero_grad()
-    return norm, skipped
+    return grad_norm, skipped
 
-def lr_at(step, steps, peak, floor, warmup):
-    """Learning rate of a step: linear from 0 to `peak` over the first warmup * steps, then a cosine to `floor`."""
-    rise = int(warmup * steps)
-    if step < rise:
-        return peak * step / max(1, rise - 1)
-    return floor + (peak - floor) * (1 + math.cos(math.pi * (step - rise) / (steps - rise))) / 2
+
+def lr_at(step, steps, max_lr, min_lr, warmup):
+    """Learning rate of a step: linear from 0 to max_lr over the first warmup * steps steps, then a cosine to
+    min_lr."""
+    warmup_steps = int(warmup * steps)
+    if step < warmup_steps:
+        return max_lr * step / max(1, warmup_steps - 1)
+    progress = (step - warmup_steps) / (steps - warmup_steps)
+    return min_lr + (max_lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
 
 def momentum_at(step, steps):
-    """How far the running statistics move towards the batch's at a step: a cosine from 1 to 0.001 over the run."""
+    """Momentum of the running statistics of the teachers' features: a cosine from 1 to 0.001 over the run."""
     return 0.001 + 0.999 * (1 + math.cos(math.pi * step / steps)) / 2
 
-def parameter_groups(model, weight_decay):
-    learned = [p for p in model.parameters() if p.requires_grad]
-    return [{"params": [p for p in learned if p.ndim > 1], "weight_decay": weight_decay},
-            {"params": [p for p in learned if p.ndim <= 1], "weight_decay": 0.0}]
 
-# ---- What a run is made of -------------------------------------------------------------------------------------------
+# ---- Building teachers and student -------------------------------------------------------------------------
 
-def build_teachers(args, processes):
-    """The frozen teachers on the device. The first process of each machine fetches or makes weights, others wait."""
-    if args.preset == "tiny" and not args.random_teachers:
-        own = [t for t in args.teachers if t not in args.weights]
-        for t in own:
-            if t not in zoo.SPECIALISTS:
-                raise Oops(f"--preset tiny has no specialist for {t}: it has {', '.join(zoo.SPECIALISTS)}; "
-                           f"or give --weights {t}=FILE")
-        if processes.local == 0:
-            zoo.prepare_specialists(own)
-        args.weights.update({t: zoo.specialist_path(t) for t in own})
+def build_teachers(args, device):
+    """{name: FrozenTeacher} on the device. The first process of each machine downloads or trains; the others
+    wait."""
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    if processes.local > 0:
-        processes.barrier()
-    weights = dict.fromkeys(args.teachers, "random") if args.random_teachers else args.weights
-    found = {t: zoo.load_teacher(t, weights.get(t), processes.device, dtype) for t in args.teachers}
-    if processes.local == 0:
-        processes.barrier()
-    return found
+    first = local_rank() == 0
+    if not first:
+        wait_for_all()
+    teachers = {name: load_teacher(name, args.weights[name], device, dtype) for name in args.teachers}
+    if first:
+        wait_for_all()
+    return teachers
 
-def build_student(args, teachers, state):
-    """The student: a new one, --init's, or the one that a run resumes."""
-    torch.manual_seed(args.seed)
-    encoder = dune.ViT(args.image_size, args.patch_size, registers=args.registers, layer_scale=args.layer_scale or None,
-                       drop_path=args.drop_path, **dune.SIZES[args.arch])
-    shapes = {t: (teacher.dim, teacher.has_cls) for t, teacher in teachers.items()}
-    model = dune.DUNE(encoder, shapes, args.projector, args.norm)
+
+def build_student(args, teachers, checkpoint):
+    """The student on the CPU: a new one, that of --init, or that of the run to resume."""
+    torch.manual_seed(args.seed)                              # the same initial weights on every process
+    encoder = dune.ViT(args.image_size, args.patch_size, registers=args.registers, drop_path=args.drop_path,
+                       layer_scale=args.layer_scale or None, **dune.SIZES[args.arch])
     encoder.checkpoint_blocks = args.recompute
-    if state:
-        dune.load_strictly(model, state["model"], f"{args.out}/checkpoint.pt")
-    elif args.init in zoo.TEACHERS:
-        start_from(encoder, zoo.load_teacher(args.init, args.weights.get(args.init)).vit, args.init)
+    dims = {name: (teacher.dim, teacher.has_cls) for name, teacher in teachers.items()}
+    student = dune.DUNE(encoder, dims, args.projector, args.norm)
+    if checkpoint:
+        with dune.user_errors(args.checkpoint):
+            dune.load_strict(student, checkpoint["model"])
+    elif args.init in TEACHERS:
+        init_encoder(encoder, load_teacher(args.init, args.weights.get(args.init)).vit, args.init)
     elif args.init:
-        start = dune.load(args.init)
-        start_from(encoder, start.encoder, args.init)
-        for t in set(teachers) & set(start.projectors):
-            dune.load_strictly(model.projectors[t], start.projectors[t].state_dict(), args.init)
-            dune.load_strictly(model.teacher_norms[t], start.teacher_norms[t].state_dict(), args.init)
-    return model
+        source = dune.load(args.init)
+        init_encoder(encoder, source.encoder, args.init)
+        state = student.state_dict()
+        for key, value in source.state_dict().items():
+            if key in state and not key.startswith("encoder."):  # projectors and statistics
+                state[key] = value
+        with dune.user_errors(args.init):
+            dune.load_strict(student, state)
+    return student
 
-def start_from(encoder, other, path):
-    """Load another encoder of the same shape. Positions of another grid are resized, to the size; registers that it
-    lacks stay the new ones."""
-    state = other.state_dict()
-    if other.pos_embed is not None:
-        state["pos_embed"] = other.positions(encoder.grid, encoder.grid, "size")
-    if other.register_tokens is None and encoder.register_tokens is not None:
+
+def init_encoder(encoder, source, path):
+    """Load the weights of another encoder of the same shape.
+
+    Positions of another grid are interpolated to the size; registers that the source lacks keep their initial
+    values.
+    """
+    state = source.state_dict()
+    if source.pos_embed is not None:
+        state["pos_embed"] = source.interpolate_pos_embed(encoder.grid, encoder.grid, "size")
+    if source.register_tokens is None and encoder.register_tokens is not None:
         state["register_tokens"] = encoder.register_tokens.detach()
-    dune.load_strictly(encoder, state, path)
+    with dune.user_errors(path):
+        dune.load_strict(encoder, state)
 
-def compiled(args, model, teachers, device):
-    """The model, it and the teachers compiled for the shapes of training alone; nothing else may run through them."""
+
+def build_optimizer(args, params, checkpoint):
+    """(AdamW, number of steps already done). Weight decay for matrices only, not for biases and 1-D parameters."""
+    groups = [
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": args.weight_decay},
+        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, args.lr, (args.beta1, args.beta2), args.eps, fused=True)
+    if checkpoint is None:
+        return optimizer, 0
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    return optimizer, checkpoint["step"]
+
+
+def compile_and_wrap(args, student, teachers, world, device):
+    """The student as train_step calls it: compiled if asked for, behind DistributedDataParallel if world >
+    1."""
     if args.compile == "yes" or args.compile == "auto" and device.type == "cuda":
-        torch._dynamo.config.recompile_limit = 64  # a graph for each teacher, projector and number of images
-        model.encoder.tokens = torch.compile(model.encoder.tokens, dynamic=False)
-        for module in (*model.projectors.values(), *(teacher.vit for teacher in teachers.values())):
+        torch._dynamo.config.recompile_limit = 64   # a graph for each teacher, projector and number of images
+        student.encoder.tokens = torch.compile(student.encoder.tokens, dynamic=False)
+        for module in [*student.projectors.values(), *[teacher.vit for teacher in teachers.values()]]:
             module.compile(dynamic=False)
-    return model
+    if world == 1:
+        return student
+    return DistributedDataParallel(student, broadcast_buffers=False, gradient_as_bucket_view=True)
 
-def describe(args, processes, model):
-    if processes.rank == 0:
-        if args.random_teachers:
-            print("the teachers' weights are random (--random-teachers): speed is real, losses mean nothing")
-        if not args.data:
-            print("no --data: training on procedural scenes")
-        size = sum(p.numel() for p in model.encoder.parameters()) / 1e6
-        print(f"{len(args.teachers)} teachers, student {size:.1f} M parameters, {args.steps} steps of {args.batch} "
-              f"images at {args.image_size} px, {processes.world} process(es) on {processes.device.type}, {args.dtype}",
-              flush=True)
 
-def finish(args, model, teachers, held_out, before, log):
-    """The table and the paths that a run ends with."""
-    with torch.compiler.set_stance("force_eager"):
-        after = evaluation.held_out_losses(model, teachers, held_out["image"], args.grid)
-        shown = held_out["image"][held_out["show"]]
-        picture = evaluation.pca_sheet(model, teachers, shown, f"{args.out}/pca.png")
-    print(f"\nloss on {len(held_out['image'])} {held_out['what']}")
-    print(f"{'teacher':12}{'at the start':>14}{'at the end':>12}")
-    for t in teachers:
-        print(f"{t:12}{before[t]['loss']:14.4f}{after[t]['loss']:12.4f}")
-    if log.totals["bad_images"]:
-        print(f"{log.totals['bad_images']} unreadable images were replaced by others, listed in {log.bad_path}")
-    print(f"\nwrote {args.out}/checkpoint.pt, {log.path}, {picture}")
+def print_config(args, rank, world, device):
+    if rank == 0:
+        note = "; random teacher weights: losses are meaningless" if args.random_teachers else ""
+        print(f"{len(args.teachers)} teachers, {args.steps} steps of {args.batch} images at {args.image_size} "
+              f"px, {world} process(es) on {device.type}, {args.dtype}{note}", flush=True)
 
-# ---- The log ---------------------------------------------------------------------------------------------------------
+
+# ---- Evaluation on held-out images, pictures ---------------------------------------------------------------
+
+def held_out_images(args, groups):
+    """uint8 [n, 3, S, S]: 32 images of each group, or 8 if they are large."""
+    return data.held_out_images(groups, args.image_size, 32 if args.image_size <= 128 else 8)
+
+
+class HeldOut:
+    """Images that no run trains on, uint8 [n, 3, H, W], and their teachers' features, which are computed
+    once."""
+
+    def __init__(self, images, teachers, grid):
+        device = next(iter(teachers.values())).device
+        self.images = images
+        self.inputs = data.normalize(images.to(device))
+        self.features = {name: teacher(self.inputs, grid) for name, teacher in teachers.items()}
+
+    @torch.no_grad()
+    def losses(self, student, running=False):
+        """{teacher: {"cls_cos", "cls_smooth_l1", "patch_cos", "patch_smooth_l1", "loss"}}, means over the
+        images.
+
+        The features are standardized by their own statistics, so that a student that has learned nothing yet
+        can be compared. running=True: by the running averages.
+        """
+        training = student.training
+        with torch.compiler.set_stance("force_eager"):  # this batch size is not worth a compilation
+            outputs = student.eval()(self.inputs)
+        student.train(training)
+        results = {}
+        for name, tokens in self.features.items():
+            norm = student.teacher_norms[name]
+            statistics = {}
+            for token_type in norm.normalizers:
+                flat = tokens[token_type].float().flatten(0, -2)  # [tokens, D_t]
+                std, mean = torch.std_mean(flat, 0, correction=0)
+                batch = mean, std.clamp(min=1e-3)
+                statistics[token_type] = norm.statistics(token_type) if running else batch
+            loss, terms = dune.image_losses(outputs[name], tokens, statistics)
+            terms["loss"] = loss
+            results[name] = {term: value.mean().item() for term, value in terms.items()}
+        return results
+
+
+def finish(args, log, student, teachers, held_out):
+    """Print the held-out losses at the start and the end of a run, and write its pictures."""
+    log.bar.close()
+    if log.rank == 0 and log.last_step < args.steps:
+        print(f"stopped at step {log.last_step} of {args.steps}; the same command continues")
+    elif log.rank == 0:
+        log.evaluate(args.steps, student, held_out)
+        first, *_, final = [line["held_out"] for line in read_log(args.out) if "held_out" in line]
+        print(f"\nloss on {len(held_out.images)} held-out images")
+        print(f"{'teacher':12}{'at the start':>14}{'at the end':>12}")
+        for name in teachers:
+            print(f"{name:12}{first[name]:14.4f}{final[name]:12.4f}")
+        torch.compiler.set_stance("force_eager")
+        picture = data.pca_sheet(student, teachers, held_out.images[:6], f"{args.out}/pca.png")
+        print(f"\nwrote {args.checkpoint}, {args.out}/log.jsonl, {plot_logs([args.out])}, {picture}")
+    leave()
+
+
+# ---- The log -----------------------------------------------------------------------------------------------
 
 class Log:
-    """log.jsonl, a line per log step, bad_images.txt, and the progress bar. Sums stay on the device until a line is
-    due. What a resumed run is about to write again is cut off first."""
+    """log.jsonl, bad_images.txt and the progress bar. Metrics are summed on the device until a line is
+    due."""
 
-    def __init__(self, args, processes, start):
-        self.args, self.processes = args, processes
-        self.path = f"{args.out}/log.jsonl"
-        self.bad_path = f"{args.out}/bad_images.txt"
-        self.enabled = processes.rank == 0 and not args.bench
-        self.totals = {"skipped": 0, "bad_images": 0}
-        self.sums = {}
-        self.streak = torch.zeros((), device=processes.device)
-        self.bar = tqdm(initial=start * args.batch, total=args.steps * args.batch, unit=" images", unit_scale=True,
-                        disable=processes.rank != 0, dynamic_ncols=True)
-        self.seen, self.began, self.waited = start, time.perf_counter(), 0.0
-        if self.enabled:
-            lines = [line for line in evaluation.read_log(args.out) if line["step"] <= start] if start else []
-            if lines:
-                self.totals = {name: lines[-1].get(name, 0) for name in self.totals}
-            with dune.writing(self.path, "w") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
-            if not start:
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(self.bad_path)
+    def __init__(self, args, rank, world, start):
+        self.args = args
+        self.rank = rank
+        self.world = world
+        self.sums = {}                 # {(teacher or "", term): [sum, count]}
+        self.bad_images = []
+        self.consecutive_skips = 0
+        self.last_step = start
+        self.last_time = time.perf_counter()
+        self.bar = tqdm(initial=start * args.batch, total=args.steps * args.batch, unit=" images",
+                        unit_scale=True, disable=rank > 0, dynamic_ncols=True)
+        if rank == 0 and start == 0:
+            with data.atomic_write(f"{args.out}/log.jsonl"):  # also tells now if the folder cannot be written
+                pass
 
-    def next(self, batches):
-        """The next batch, and how long it was waited for."""
-        began = time.perf_counter()
-        batch = next(batches)
-        self.waited += time.perf_counter() - began
-        return batch
-
-    def add(self, part, losses, terms, coefficients, total, count):
-        """What one part of a batch has to say; losses, coefficients [b, T]. Images that do not count are left out."""
-        sums = {"loss": (total, count)}
-        for j, t in enumerate(terms):
-            real = part.allowed[:, j][part.rows[t]]
-            for name, value in {**terms[t], "loss": losses[:, j][part.rows[t]]}.items():
-                sums[f"{t}/{name}"] = (torch.where(real, value.detach(), 0).sum(), real.sum().float())
-            sums[f"{t}/share"] = (coefficients[:, j].sum(), count)
-        self.tally(sums)
-
-    def tally(self, sums):
-        """Add up {name: (sum, count)}, on the device."""
-        for name, pair in sums.items():
-            self.sums[name] = self.sums.get(name, 0) + torch.stack(pair)
-
-    def step(self, done, optimizer, norm, skipped, bad):
-        """The end of a step: the bar, and every so often a line of the log. Ten skipped steps in a row end the run."""
-        self.streak = (self.streak + 1) * skipped
-        self.tally({"grad_norm": (torch.where(skipped > 0, 0, norm), 1 - skipped), "skipped": (skipped, skipped),
-                   "bad_images": (skipped.new_full((), len(bad)), skipped)})
-        if bad and not self.args.bench:
-            self.append(self.bad_path, "".join(f"{name}\n" for name in bad))
+    def add(self, batch, metrics):
+        for key, pair in metrics.items():
+            self.sums[key] = self.sums.get(key, 0) + pair
+        self.consecutive_skips = (self.consecutive_skips + 1) * metrics["", "skipped"][0]
+        self.bad_images += batch["bad"]
         self.bar.update(self.args.batch)
-        if done % self.args.log_every and done < self.args.steps:
-            return
-        record = self.record(done, optimizer.param_groups[0]["lr"])
-        self.bar.set_postfix_str(" ".join(f"{t} {record[t]['loss']:.3f}" for t in self.args.teachers), refresh=False)
-        if self.enabled:
-            self.append(self.path, json.dumps(record) + "\n")
-        streak = int(self.streak.item())
-        if streak >= 10:
-            saved = f"{self.args.out}/checkpoint.pt"
-            saved = f"the last good state is in {saved}" if os.path.exists(saved) else "nothing has been saved yet"
-            raise Oops(f"the loss was not finite for {streak} steps until step {done} ({fault(record)}); {saved}")
 
-    def record(self, done, lr):
-        """A line of the log: means over all processes since the last one; a name teacher/… goes under its teacher."""
-        sums = self.processes.sum(torch.stack(list(self.sums.values()))).tolist()
-        sums = dict(zip(self.sums, sums))
-        self.totals["skipped"] += round(sums.pop("skipped")[0] / self.processes.world)
-        self.totals["bad_images"] += round(sums.pop("bad_images")[0])
+    def write(self, step, optimizer):
+        """A line of the log: means over all processes since the last line. Ten skipped steps in a row end the
+        run."""
+        sums = all_sum(torch.stack(list(self.sums.values())), self.world).tolist()
         now = time.perf_counter()
-        spent = now - self.began
-        record = {"step": done, "images": done * self.args.batch, "lr": lr,
-                  "momentum": momentum_at(done - 1, self.args.steps),
-                  "images_per_s": (done - self.seen) * self.args.batch / spent, "data_wait": self.waited / spent,
-                  "memory_gb": memory(self.processes.device), **self.totals}
-        for name, (total, count) in sums.items():
-            teacher, _, part = name.rpartition("/")
-            place = record.setdefault(teacher, {}) if teacher else record
-            place[part] = total / count if count else None
+        line = {
+            "step": step,
+            "lr": optimizer.param_groups[0]["lr"],
+            "images_per_s": (step - self.last_step) * self.args.batch / (now - self.last_time),
+        }
+        for (teacher, term), (total, count) in zip(self.sums, sums):
+            place = line.setdefault(teacher, {}) if teacher else line
+            place[term] = total / count if count else None
+        self.append(line)
+        if self.bad_images:
+            with open(f"{self.args.out}/bad_images.txt", "a") as file:
+                file.writelines(f"{reason}\n" for reason in self.bad_images)
+        losses = " ".join(f"{name} {line[name]['loss']:.3f}" for name in self.args.teachers)
+        self.bar.set_postfix_str(losses, refresh=False)
+        if self.consecutive_skips >= 10:
+            raise UserError(f"gradients were not finite for ten steps until step {step} (losses: {losses}); "
+                            f"the last good state, if any, is in {self.args.checkpoint}")
         self.sums = {}
-        self.seen, self.began, self.waited = done, now, 0.0
-        return record
+        self.bad_images = []
+        self.last_step = step
+        self.last_time = now
 
-    def append(self, path, text):
-        """Add to a file; what the disk refuses is told, and the run goes on."""
-        try:
-            with open(path, "a") as file:
-                file.write(text)
-        except OSError as error:
-            self.bar.write(f"warning: cannot write {path}: {error.strerror}", file=sys.stderr)
+    def evaluate(self, step, student, held_out):
+        """On the first process, a line with the loss of every teacher on held-out images. It waits for the
+        device."""
+        if self.rank == 0:
+            results = held_out.losses(student)
+            losses = {name: terms["loss"] for name, terms in results.items()}
+            self.append({"step": step, "held_out": losses})
+            self.bar.set_description(f"held-out loss {sum(losses.values()) / len(losses):.3f}")
 
-def fault(record):
-    """Which teacher and token type is not finite in a line of the log."""
-    bad = set()
-    for t, parts in record.items():
-        for name, value in parts.items() if isinstance(parts, dict) else ():
-            kind, _, term = name.partition("_")
-            if term and (value is None or not math.isfinite(value)):
-                bad.add(f"{t}, {kind} tokens")
-    return "; ".join(sorted(bad)) or "the gradients alone: try a lower --lr"
+    def append(self, line):
+        if self.rank == 0:
+            with open(f"{self.args.out}/log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
 
-def memory(device):
-    """Peak memory in GB so far: the device's, or on the CPU this process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows
+
+def read_log(folder):
+    """The lines of a run's log.jsonl, dicts with a "step", in order; [] if there is no log.
+
+    A resumed run writes the steps after its checkpoint again: of several lines of a step the last one counts,
+    and lines of steps that the run has not reached again are left out. So is a line that a crash has cut
+    short.
+    """
+    path = f"{folder}/log.jsonl"
+    if not os.path.exists(path):
+        return []
+    lines = {}
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            last_step = line["step"]
+            lines[last_step, "held_out" in line] = line
+    return [lines[key] for key in sorted(lines) if key[0] <= last_step]
+
+
+def plot_logs(folders):
+    """Draw the losses of runs over each other, into plot.png of the first one's folder. Returns its path."""
+    panels = {"training loss": {}, "held-out loss": {}}
+    for folder in folders:
+        lines = read_log(folder)
+        evaluations = [line for line in lines if "held_out" in line]
+        training = [line for line in lines if "held_out" not in line]
+        if not evaluations:
+            raise UserError(f"{folder} does not contain a log.jsonl of a run")
+        run = f"{os.path.basename(os.path.abspath(folder))} " if len(folders) > 1 else ""
+        steps = [line["step"] for line in training]
+        eval_steps = [line["step"] for line in evaluations]
+        for name in evaluations[0]["held_out"]:
+            panels["training loss"][run + name] = steps, [line[name]["loss"] for line in training]
+            panels["held-out loss"][run + name] = eval_steps, [line["held_out"][name] for line in evaluations]
+    return data.line_plot(os.path.join(folders[0], "plot.png"), panels)
+
+
+# ---- Checkpoints -------------------------------------------------------------------------------------------
+
+def read_checkpoint(args):
+    """The checkpoint of the run in --out, None if there is none. UserError if it is of a run with another
+    recipe."""
+    if args.resume == "no" or args.bench or not os.path.exists(args.checkpoint):
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+    checkpoint = dune.load_checkpoint(args.checkpoint)
+    with dune.user_errors(args.checkpoint):
+        for name in RECIPE:
+            trained_with = checkpoint["args"].get(name)
+            value = getattr(args, name)
+            if trained_with != value:
+                raise UserError(f"was trained with --{name.replace('_', '-')} {trained_with}, not {value}: "
+                                "use another --out, or --resume no to start over")
+    return checkpoint
 
-# ---- Checkpoints -----------------------------------------------------------------------------------------------------
 
-class Checkpoint:
-    """The checkpoint of a run: what it resumes from, when it is written, and that it is never lost."""
+def save_checkpoint(args, rank, step, student, optimizer):
+    """Write a temporary file, then rename it: a crash never leaves half a checkpoint."""
+    if rank == 0:
+        content = {
+            "model": student.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+            "args": {name: getattr(args, name) for name in RECIPE},
+            "weights": args.weights,
+        }
+        with data.atomic_write(args.checkpoint) as file:
+            torch.save(content, file)
 
-    def __init__(self, args, processes):
-        self.args, self.processes = args, processes
-        self.path = f"{args.out}/checkpoint.pt"
-        self.recipe = {name: getattr(args, name) for name in RECIPE}
-        self.state = None
-        self.before = None      # held-out losses at the start of the run
-        self.done = 0
-        if args.resume == "yes" and not args.bench and os.path.exists(self.path):
-            self.state = self.read()
-        if processes.rank == 0 and not args.bench:  # a place that cannot be written is told before the work
-            dune.check_folder(args.out)
 
-    def read(self):
-        state = dune.read_checkpoint(self.path)
-        for name in ("model", "optimizer", "held_out", "args"):
-            dune.entry(state, name, dict, self.path)
-        for name, value in self.recipe.items():
-            held = state["args"].get(name, value)
-            if held != value:
-                raise Oops(f"{self.args.out} holds a run with --{name.replace('_', '-')} {held}, not {value}: "
-                           f"choose another --out, or --resume no to begin anew there")
-        if not 0 <= dune.entry(state, "step", int, self.path) <= self.args.steps:
-            raise Oops(f"{self.path} says it is of step {state['step']} of {self.args.steps}: it is damaged")
-        return state
+# ---- Processes ---------------------------------------------------------------------------------------------
 
-    def restore(self, optimizer):
-        """Bring the optimiser to where the run stopped; returns the step to go on from."""
-        if not self.state:
-            return 0
-        try:
-            optimizer.load_state_dict(self.state["optimizer"])
-            if any(state["exp_avg"].shape != p.shape for p, state in optimizer.state.items()):
-                raise ValueError
-        except (AttributeError, KeyError, TypeError, ValueError):
-            raise Oops(f"{self.path}: the optimiser's state is not of this model; --resume no begins anew") from None
-        self.before = self.state["held_out"]
-        self.done = self.state["step"]
-        return self.done
+def init_distributed(device_name):
+    """(rank, world size, device): from torchrun's environment, or of a single process."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(device_name, local_rank())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(max(1, cores_per_process()))
+    if world == 1:
+        return 0, 1, device
+    # torch 2.13 has new names for what 2.11 knows by these alone.
+    warnings.filterwarnings("ignore", r".*(broadcast_buffers|all_gather_into_tensor).*", FutureWarning)
+    # Two backends in one group: gloo for tensors on the hosts, so that these can meet without waiting for a
+    # device.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=1))  # others wait while the first downloads
+    return dist.get_rank(), world, device
 
-    def step(self, done, stop, model, optimizer):
-        """Called at the end of each step: write a checkpoint if one is due."""
-        self.done = done
-        last = done == self.args.steps
-        milestone = None
-        images = done * self.args.batch
-        every = self.args.milestone_epochs * self.args.epoch_images
-        if every and images % every < self.args.batch:
-            milestone = f"milestone-{images // every * self.args.milestone_epochs:04d}"
-        due = stop or last or milestone or done % self.args.save_every == 0
-        if not due or self.args.bench or self.processes.rank:
-            return
-        weights = {t: os.path.abspath(path) for t, path in self.args.weights.items()}
-        if self.args.random_teachers:
-            weights = dict.fromkeys(self.args.teachers, "random")
-        content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done, "args": self.recipe,
-                   "weights": weights, "held_out": self.before}
-        try:
-            save(self.path, content, self.args.keep, milestone)
-        except Oops as error:
-            if stop or last or not os.path.exists(self.path):
-                raise
-            tqdm.write(f"warning: {error}. The run goes on; {self.path} is whole, perhaps older.", file=sys.stderr)
 
-def save(path, content, keep=1, milestone=None):
-    """Write a checkpoint beside, read it back, and only then give it its name: it is complete or absent.
+def local_rank():
+    return int(os.environ.get("LOCAL_RANK", 0))
 
-    keep > 1 keeps the latest ones also as checkpoint-STEP.pt; milestone: a name under which this one is kept for good.
+
+def cores_per_process():
+    return data.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def wait_for_all():
+    if dist.is_initialized():
+        dist.all_reduce(torch.zeros(1))  # between the hosts
+
+
+def leave():
+    """Processes end together: the first one keeps the store that the others need."""
+    wait_for_all()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class StopSignal:
+    """SIGTERM and SIGUSR1 end the run after a step. Before training they end the process at once."""
+
+    def __init__(self):
+        self.received = 0
+        for name in {"SIGTERM", "SIGUSR1"} & set(dir(signal)):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), self.handler)
+
+    def handler(self, number, frame):
+        self.received = 1
+
+    def requested(self, step, world):
+        """True on all processes at the same step if one of them has got a signal. They ask each other every
+        ten steps."""
+        return step % 10 == 0 and all_sum(torch.tensor(self.received), world).item() > 0
+
+
+# ---- Benchmark ---------------------------------------------------------------------------------------------
+
+WARMUP_STEPS = 5
+
+
+def bench(args, loader, parts):
+    """Print images/s, MFU and peak memory of --bench steps. FLOPs are counted in a step: what really runs."""
+    model, *_, rank, world = parts
+    device = next(model.parameters()).device
+    with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
+        metrics = train_step(args, 0, next(loader), *parts)
+    for step in range(1, args.steps):
+        if step == WARMUP_STEPS:
+            metrics["", "loss"].tolist()  # waits for the device
+            begin = time.perf_counter()
+        metrics = train_step(args, step, next(loader), *parts)
+    metrics["", "loss"].tolist()
+    seconds = (time.perf_counter() - begin) / args.bench
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    matrix = torch.randn(4096, 4096, device=device, dtype=dtype)
+    timer = torch.utils.benchmark.Timer("matrix @ matrix", globals={"matrix": matrix})
+    rate = 2 * 4096**3 / timer.blocked_autorange(min_run_time=1).median
+    flops = counter.get_total_flops() / seconds
+    if rank == 0:
+        print(f"{args.batch / seconds:.1f} images/s, {1000 * seconds:.1f} ms a step, {world} process(es), "
+              f"{flops / 1e12:.3f} TFLOP/s each, {flops / rate:.1%} of large {args.dtype} matmuls here (MFU)")
+    if device.type == "cuda":
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.2f} GB on {device}")
+    leave()
+
+
+# ---- The command line --------------------------------------------------------------------------------------
+
+def add_options(parser, table):
+    """Add an --option for every {name: (default, help[, (lowest, highest) or choices])}.
+
+    Its type is that of the default: False a flag, [] an option that may be repeated, None a string.
     """
-    with dune.writing(path) as file:
-        torch.save(content, file)
-        file.flush()
-        dune.read_checkpoint(file.name)  # Oops if it does not read back, as when another run writes there, too
-    stem = path.removesuffix(".pt")
-    copies = [f"{stem}-{content['step']:08d}.pt"] if keep > 1 else []
-    if milestone:
-        copies.append(f"{os.path.dirname(path)}/{milestone}.pt")
-    for name in copies:
-        with open(path, "rb") as whole, dune.writing(name) as file:
-            shutil.copyfileobj(whole, file)
-    for name in sorted(glob.glob(f"{glob.escape(stem)}-????????.pt"))[:-keep]:
-        os.remove(name)
-
-# ---- Processes -------------------------------------------------------------------------------------------------------
-
-class Processes:
-    """This process's place among those that torchrun started (or alone), its device, what they say to each other."""
-
-    def __init__(self, device="auto"):
-        started = "RANK" in os.environ  # by torchrun
-        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-        try:
-            self.rank, self.world, self.local = [int(os.environ.get(name, alone[name])) for name in alone]
-            known = 0 <= self.rank < self.world and self.local >= 0
-            if not known or self.world > 1 and not started:
-                raise ValueError
-            store = fresh_store(self.rank) if started else None
-        except ValueError:
-            os.environ.pop("RANK", None)  # else a rank other than 0 keeps silent
-            raise Oops("RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT in the environment do not fit together: "
-                       "start with torchrun, which sets them, or unset them") from None
-        self.device = dune.pick_device(device, self.local)
-        self.cores = data.cores() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        self.signalled = 0
-        self.asked = None
-        cuda = self.device.type == "cuda"
-        if cuda:
-            torch.cuda.set_device(self.device)
-            torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions have it by default
+    for name, (default, text, *limits) in table.items():
+        flag = "--" + name.replace("_", "-")
+        if default is False:
+            parser.add_argument(flag, action="store_true", help=text)
+        elif default == []:
+            parser.add_argument(flag, action="append", default=[], help=text)
+        elif default is None or isinstance(default, str):
+            choices = list(limits[0]) if limits else None
+            parser.add_argument(flag, default=default, choices=choices, help=text)
         else:
-            torch.set_num_threads(max(1, int(self.cores)))
-        # torch 2.13 has new names for what 2.11 knows by these alone
-        warnings.filterwarnings("ignore", r".*(broadcast_buffers|all_gather_into_tensor).*", FutureWarning)
-        if started:
-            if cuda and not dist.is_nccl_available():
-                raise Oops("this torch has no NCCL, which several GPUs need; use one process, or --device cpu")
-            patience = timedelta(hours=1)  # the others wait while the first one downloads
-            dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=self.rank, world_size=self.world,
-                                    timeout=patience)
-            self.hosts = dist.new_group(backend="gloo", timeout=patience)
+            convert = functools.partial(parse_number, type(default), *(limits[0] if limits else (0, 1e9)))
+            parser.add_argument(flag, default=default, type=convert, help=text)
 
-    def distribute(self, model, compress):
-        """The model behind DistributedDataParallel, if there are several processes."""
-        if self.world == 1:
-            return model
-        ddp = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-        if compress:
-            ddp.register_comm_hook(None, average_in_bf16)
-        return ddp
 
-    def sum(self, x):
-        """x summed over all processes, in place."""
-        if self.world > 1:
-            dist.all_reduce(x)
-        return x
+def parse_number(number_type, lowest, highest, text):
+    try:
+        value = number_type(text)
+    except ValueError:
+        value = math.nan
+    if not lowest <= value <= highest:
+        expected = f"{number_type.__name__} from {lowest:g} to {highest:g}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+    return value
 
-    def barrier(self):
-        if self.world > 1:
-            dist.barrier(group=self.hosts)
 
-    def listen(self):
-        """From here on SIGTERM and SIGUSR1 end the run after its step. Before, they end the process at once."""
-        for name in ("SIGTERM", "SIGUSR1"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self.catch)
-
-    def catch(self, number, frame):
-        self.signalled = 1
-
-    def stop_asked(self):
-        """True on all processes at the same step once one of them was told to stop.
-
-        The flag of one step is read at the next, on the hosts only: nobody waits for it, and no device is involved.
-        """
-        if self.world == 1:
-            return bool(self.signalled)
-        answer = False
-        if self.asked:
-            work, flag = self.asked
-            work.wait()
-            answer = bool(flag.item())
-        flag = torch.tensor([self.signalled])
-        self.asked = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.hosts, async_op=True), flag
-        return answer
-
-    def leave(self):
-        self.barrier()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-def fresh_store(rank):
-    """torchrun's store, under a prefix that only the processes of this start use.
-
-    The store outlives a restart, and holds what dead processes left: addresses where nobody answers. So each process
-    signs in under a new name, the first one publishes the list of names until everybody has found itself in it, and its
-    own name is the prefix.
-    """
-    store, _, world = next(dist.rendezvous("env://"))
-    name = os.urandom(8).hex()
-    store.set(f"name/{rank}", name)
-    while True:
-        if rank == 0:
-            store.set("team", " ".join(store.get(f"name/{r}").decode() for r in range(world)))
-        team = store.get("team").decode().split()
-        if name in team:
-            # An earlier start has met others: its first one had another name.
-            store.set(f"{team[0]} has met {name}", "yes")
-            if rank or store.check([f"{team[0]} has met {other}" for other in team]):
-                return dist.PrefixStore(team[0], store)
-        time.sleep(0.05)
-
-def average_in_bf16(_, bucket):
-    """A communication hook of DDP: half the bytes. (torch's own refuses gloo, so the CPU could not test it.)"""
-    gradients = bucket.buffer()
-    sent = gradients.to(torch.bfloat16).div_(dist.get_world_size())
-    future = dist.all_reduce(sent, async_op=True).get_future()
-    return future.then(lambda done: gradients.copy_(done.value()[0]))
-
-# ---- Where the time goes (--bench) -----------------------------------------------------------------------------------
-
-WARM = 5  # steps before --bench measures
-
-class Clock:
-    """Times the spans of a step under --bench, on a GPU by events, so that measuring does not wait."""
-
-    def __init__(self, args, processes, model, teachers):
-        self.args, self.processes = args, processes
-        self.cuda = processes.device.type == "cuda"
-        self.marks = []
-        if args.bench:
-            image = torch.empty(1, 3, args.image_size, args.image_size, device="meta")
-            self.student = 3 * count_flops(model, image)  # forward and backward
-            self.teachers = sum(count_flops(teacher, image, args.grid) for teacher in teachers.values())
-
-    @contextlib.contextmanager
-    def span(self, name):
-        begin = self.now()
-        yield
-        if self.args.bench:
-            self.marks.append((name, begin, self.now()))
-
-    def now(self):
-        if not self.args.bench or not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def ms(self, begin, end):
-        if not self.cuda:
-            return 1000 * (end - begin)
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end)
-
-    def matmul_rate(self):
-        """The device's measured rate of large matrix products, FLOP/s: what MFU is a share of."""
-        n = 8192 if self.cuda else 1024
-        dtype = torch.bfloat16 if self.args.dtype == "bf16" else torch.float32
-        a, b = torch.randn(2, n, n, device=self.processes.device, dtype=dtype)
-        times = []
-        for _ in range(50):
-            begin = self.now()
-            a @ b
-            times.append((begin, self.now()))
-        return 2 * n**3 / min(self.ms(*time) for time in times) * 1000
-
-    def report(self):
-        """Print where a step's time goes, and how much of the hardware's arithmetic it uses."""
-        steps = self.args.bench
-        rate = self.matmul_rate()
-        if self.processes.rank:
-            return
-        marks = self.marks[len(self.marks) // (WARM + steps) * WARM:]
-        spent = {}
-        for name, begin, end in marks:
-            spent[name] = spent.get(name, 0) + self.ms(begin, end) / steps
-        total = self.ms(marks[0][1], marks[-1][2]) / steps
-        work = self.args.batch // self.processes.world * (self.student + self.teachers)
-        print(f"\n{'part':16}{'ms/step':>10}{'share':>8}")
-        for name, ms in {**spent, "rest": total - sum(spent.values())}.items():
-            print(f"{name:16}{ms:10.2f}{ms / total:8.1%}")
-        rate_of_images = self.args.batch / total * 1000
-        print(f"{'all':16}{total:10.2f}   {rate_of_images:.1f} images/s, {self.processes.world} process(es)")
-        print(f"{work / 1e12:.3f} TFLOP per step and process ({self.student / 1e9:.1f} GFLOP an image for the "
-              f"student, forward and backward, {self.teachers / 1e9:.1f} for the teachers)")
-        print(f"{work / total / 1e9:.2f} TFLOP/s, {work / total * 1000 / rate:.1%} of the {rate / 1e12:.2f} TFLOP/s "
-              f"that large {self.args.dtype} matrix products reach here (MFU)\n"
-              f"peak memory {memory(self.processes.device) or math.nan:.2f} GB")
-
-def count_flops(module, *inputs):
-    """Floating-point operations of module(*inputs), on tensors without content."""
-    module = copy.deepcopy(module).to("meta", torch.float32)
-    # A teacher's forward() asks for autocast, which "meta" has none of.
-    forward = getattr(module, "features", module)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        forward(*inputs)
-    return counter.get_total_flops()
-
-# ---- The command line ------------------------------------------------------------------------------------------------
-
-def parse(argv=None):
-    parser = dune.Parser(description="Distil frozen teachers into one student.").add(RECIPE).add(MACHINE)
+def parse_args(argv=None):
+    """The options, with the preset's defaults. What depends on the machine is settled later, by
+    resolve_args."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.partition("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_options(parser, {**RECIPE, **RUN_OPTIONS})
     parser.set_defaults(**PRESETS[parser.parse_known_args(argv)[0].preset])
     args = parser.parse_args(argv)
-    args.teachers = args.teachers.split(",")
     args.out = args.out or f"out/{args.preset}"
+    args.checkpoint = f"{args.out}/checkpoint.pt"
+    args.grid = dune.token_grid(torch.empty(args.image_size, args.image_size), args.patch_size)
+    args.teachers = args.teachers.split(",")
+    for name in args.teachers:
+        if name not in TEACHERS or args.teachers.count(name) > 1:
+            raise UserError(f"unknown or repeated teacher '{name}'; available: {', '.join(TEACHERS)}")
+    weights = "random" if args.random_teachers else "tiny" if args.preset == "tiny" else None
+    weights = {args.init: None, **dict.fromkeys(args.teachers, weights)}
+    for item in args.weights:
+        name, _, file = item.partition("=")
+        if not file or name not in weights:
+            raise UserError(f"--weights {item}: write TEACHER=FILE, with one of {', '.join(args.teachers)}")
+        weights[name] = file
+    args.weights = weights
+    if args.preset == "stage2" and not args.init:
+        raise UserError("--preset stage2 requires --init out/stage1/checkpoint.pt")
     return args
 
-def check(args, processes):
-    """Settle what depends on the machine; what contradicts itself in the arguments is an Oops."""
-    args.batch = args.batch or 128 * processes.world
-    args.grid = (args.image_size // args.patch_size,) * 2  # of tokens: teachers resize their images to have the same
+
+def resolve_args(args, world, device, teacher_mask):
+    """Settle the options that depend on the machine, and check the batch."""
+    args.batch = args.batch or 128 * world
     args.steps = args.steps or math.ceil(args.epochs * args.epoch_images / args.batch)
     if args.bench:
-        args.steps = WARM + args.bench
+        args.steps = WARMUP_STEPS + args.bench
+    args.eval_every = args.eval_every or max(1, args.steps // 20)
     if args.dtype == "auto":
-        args.dtype = "bf16" if dune.fast_bf16(processes.device) else "fp32"
-    if args.workers < 0:  # on the CPU the networks need the cores: with two or three, drawing in between is the fastest
-        cores = int(processes.cores)
-        args.workers = min(16, cores if processes.device.type == "cuda" else max(0, cores - 2))
-    unknown = [t for t in args.teachers if t not in zoo.TEACHERS]
-    if unknown or len(set(args.teachers)) < len(args.teachers):
-        raise Oops(f"unknown or repeated teacher in '{','.join(args.teachers)}'; there are: {', '.join(zoo.TEACHERS)}")
-    if args.image_size % args.patch_size:
-        raise Oops(f"--image-size {args.image_size} is no multiple of the patch size {args.patch_size}")
-    each, rest = divmod(args.batch, processes.world)
-    if rest or not each:
-        raise Oops(f"--batch {args.batch} does not divide among {processes.world} processes")
-    if args.accumulate > each:
-        raise Oops(f"--accumulate {args.accumulate} is more than the {each} images of each process")
-    if args.preset == "stage2" and not args.init:
-        raise Oops("--preset stage2 starts from stage 1: add --init out/stage1/checkpoint.pt")
-    args.weights = dict(item.partition("=")[::2] for item in args.weights)
-    for name, path in args.weights.items():
-        if not path or name not in (*args.teachers, args.init):
-            raise Oops(f"--weights {name}: write TEACHER=FILE, of the run's teachers: {', '.join(args.teachers)}")
-    if args.random_teachers and args.weights:
-        raise Oops("--random-teachers and --weights contradict each other")
+        args.dtype = "bf16" if fast_bf16(device) else "fp32"
+    if args.workers < 0:
+        networks = 0 if device.type == "cuda" else 2
+        args.workers = min(16, max(0, cores_per_process() - networks))
+    micro_batch = args.batch // world // args.accumulate
+    if args.batch % world or micro_batch < (1 if teacher_mask.all() else len(teacher_mask)):
+        raise UserError(f"--batch {args.batch} must be divisible by {world} processes, and a micro-batch must hold"
+                        " an image of each group: use a larger --batch or a smaller --accumulate")
+
+
+def pick_device(name, index=0):
+    """--device auto, cpu or cuda (GPU `index` of this machine) as a torch.device. UserError if it is not
+    there."""
+    if name == "cpu" or name == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    if index >= torch.cuda.device_count():
+        raise UserError(f"CUDA device {index} requested, {torch.cuda.device_count()} available")
+    return torch.device("cuda", index)
+
+
+def run_main(main):
+    """Run a script's main(). A user's error is one line and exit code 2, Ctrl-C is 130; all else is our
+    defect."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        line = format_error(error)
+        if line is None:
+            raise
+        # A mistake that all processes make is told once. What happens later may happen to one of them alone.
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, UserError) and dist.is_initialized():
+            tqdm.write(line, file=sys.stderr)
+        sys.exit(2)
+
+
+def format_error(error):
+    """An exception as one line for the user; None if it is a defect of this program."""
+    message = " ".join(str(error).split())
+    if isinstance(error, (UserError, OSError)):
+        return f"error: {message}"
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in message:
+        return "error: out of memory: use a smaller --batch or --image-size, or --accumulate"
+    if dist.is_initialized() and re.search(r"(?i)gloo|nccl|connection", message):
+        return "error: another process exited"
+    return None
+
 
 if __name__ == "__main__":
-    dune.run(main)
+    run_main(main)
