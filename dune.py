@@ -665,7 +665,7 @@ def vit_from_state(state, **options):
     embed_dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     if embed_dim % 64:
-        raise UserError(f"not a supported ViT: {embed_dim} channels are not divisible by the head dimension 64")
+        raise UserError(f"not a supported ViT: {embed_dim} channels, not divisible by the head dimension 64")
     class_token = "cls_token" in state
     num_patches = state["pos_embed"].shape[1] - class_token if "pos_embed" in state else 1
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0

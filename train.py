@@ -111,7 +111,7 @@ def main(argv=None):
     if args.plot:
         return print("wrote", plot_logs(args.plot.split(",")))
 
-    # Data. A group is the images of one teacher, or of several; a batch holds equally many images of each group.
+    # Data. A group is the images of one teacher, or of several. A batch holds equally many of each group.
     rows = {name: TEACHERS[name] for name in args.teachers}
     groups = data.parse_data(args.data, rows, TINY_SCENES if args.preset == "tiny" else "")
     teacher_mask = data.teacher_mask(groups, args.teachers, args.sharing)  # bool [groups, T]
@@ -127,7 +127,7 @@ def main(argv=None):
     student = build_student(args, teachers, checkpoint).to(device)
     params = [p for p in student.parameters() if p.requires_grad]
     optimizer, start = build_optimizer(args, params, checkpoint)      # start: number of steps already done
-    held_out = HeldOut(held_out_images(args, held_out_groups), teachers, args.grid)
+    held_out = HeldOut(held_out_images(args, held_out_groups).to(device), teachers, args.grid)
     model = compile_and_wrap(args, student, teachers, world, device)
     loader = data.batches(groups, args.image_size, args.batch, args.seed, rank, world, start, args.workers,
                           (args.crop, 1.0), args.color)
@@ -135,7 +135,7 @@ def main(argv=None):
     print_config(args, rank, world, device)
     if args.bench:
         return bench(args, loader, parts)
-    log = Log(args, rank, world, start)
+    log = Log(args, rank, start)
     stop = StopSignal()
 
     for step in range(start, args.steps):
@@ -144,7 +144,7 @@ def main(argv=None):
         batch = next(loader)
         log.add(batch, train_step(args, step, batch, *parts))         # summed on the device: nothing waits
         done = step + 1
-        last = done == args.steps or stop.requested(done, world)      # the same on all processes
+        last = done == args.steps or stop.requested(done)             # the same on all processes
         if done % args.log_every == 0 or last:
             log.write(done, optimizer)                                # waits for the device
         if done % args.save_every == 0 or last:
@@ -192,7 +192,7 @@ def train_step(args, step, batch, model, student, teachers, optimizer, params, t
     # 4. One step of AdamW. DDP has averaged the gradients over processes: undo that, and divide by sum(c).
     for group in optimizer.param_groups:
         group["lr"] = lr_at(step, args.steps, args.lr * args.batch / 256, args.min_lr, args.warmup)
-    coefficient_sum = all_sum(metrics["", "loss"][1].clone(), world)
+    coefficient_sum = all_sum(metrics["", "loss"][1].clone())
     grad_norm, skipped = update(params, optimizer, world / coefficient_sum, args.clip)
     metrics["", "grad_norm"] = torch.stack([torch.where(skipped > 0, 0, grad_norm), 1 - skipped])
     metrics["", "skipped"] = torch.stack([skipped, torch.ones_like(skipped)])
@@ -253,9 +253,9 @@ def add_metrics(metrics, losses, terms, coefficients, index, loss_sum, coefficie
         metrics[key] = metrics.get(key, 0) + torch.stack(pair).detach()
 
 
-def all_sum(x, world):
+def all_sum(x):
     """x summed over all processes, in place."""
-    if world > 1:
+    if dist.is_initialized():
         dist.all_reduce(x)
     return x
 
@@ -276,7 +276,6 @@ def update(params, optimizer, scale, clip):
     torch._foreach_mul_(grads, list(factors.unbind()))
     grad_norm = norms.norm()
     skipped = 1 - grad_norm.isfinite().float()
-    optimizer.grad_scale = None
     optimizer.found_inf = skipped
     optimizer.step()
     optimizer.zero_grad()
@@ -354,7 +353,7 @@ def init_encoder(encoder, source, path):
 
 
 def build_optimizer(args, params, checkpoint):
-    """(AdamW, number of steps already done). Weight decay for matrices only, not for biases and 1-D parameters."""
+    """(AdamW, number of steps already done). Weight decay for matrices only, not for 1-D parameters."""
     groups = [
         {"params": [p for p in params if p.ndim > 1], "weight_decay": args.weight_decay},
         {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
@@ -382,8 +381,8 @@ def compile_and_wrap(args, student, teachers, world, device):
 def print_config(args, rank, world, device):
     if rank == 0:
         note = "; random teacher weights: losses are meaningless" if args.random_teachers else ""
-        print(f"{len(args.teachers)} teachers, {args.steps} steps of {args.batch} images at {args.image_size} "
-              f"px, {world} process(es) on {device.type}, {args.dtype}{note}", flush=True)
+        print(f"{len(args.teachers)} teachers, {args.steps} steps of {args.batch} images at {args.image_size} px"
+              f", {world} process(es) on {device.type}, {args.dtype}{note}", flush=True)
 
 
 # ---- Evaluation on held-out images, pictures ---------------------------------------------------------------
@@ -394,19 +393,16 @@ def held_out_images(args, groups):
 
 
 class HeldOut:
-    """Images that no run trains on, uint8 [n, 3, H, W], and their teachers' features, which are computed
-    once."""
+    """Images that no run trains on, uint8 [n, 3, H, W], and their teachers' features, computed once."""
 
     def __init__(self, images, teachers, grid):
-        device = next(iter(teachers.values())).device
         self.images = images
-        self.inputs = data.normalize(images.to(device))
+        self.inputs = data.normalize(images)
         self.features = {name: teacher(self.inputs, grid) for name, teacher in teachers.items()}
 
     @torch.no_grad()
     def losses(self, student, running=False):
-        """{teacher: {"cls_cos", "cls_smooth_l1", "patch_cos", "patch_smooth_l1", "loss"}}, means over the
-        images.
+        """{teacher: {"loss", "cls_cos", "cls_smooth_l1", "patch_cos", "patch_smooth_l1"}}, means over images.
 
         The features are standardized by their own statistics, so that a student that has learned nothing yet
         can be compared. running=True: by the running averages.
@@ -454,10 +450,9 @@ class Log:
     """log.jsonl, bad_images.txt and the progress bar. Metrics are summed on the device until a line is
     due."""
 
-    def __init__(self, args, rank, world, start):
+    def __init__(self, args, rank, start):
         self.args = args
         self.rank = rank
-        self.world = world
         self.sums = {}                 # {(teacher or "", term): [sum, count]}
         self.bad_images = []
         self.consecutive_skips = 0
@@ -479,7 +474,7 @@ class Log:
     def write(self, step, optimizer):
         """A line of the log: means over all processes since the last line. Ten skipped steps in a row end the
         run."""
-        sums = all_sum(torch.stack(list(self.sums.values())), self.world).tolist()
+        sums = all_sum(torch.stack(list(self.sums.values()))).tolist()
         now = time.perf_counter()
         line = {
             "step": step,
@@ -507,8 +502,7 @@ class Log:
         """On the first process, a line with the loss of every teacher on held-out images. It waits for the
         device."""
         if self.rank == 0:
-            results = held_out.losses(student)
-            losses = {name: terms["loss"] for name, terms in results.items()}
+            losses = {name: terms["loss"] for name, terms in held_out.losses(student).items()}
             self.append({"step": step, "held_out": losses})
             self.bar.set_description(f"held-out loss {sum(losses.values()) / len(losses):.3f}")
 
@@ -620,8 +614,7 @@ def cores_per_process():
 
 
 def wait_for_all():
-    if dist.is_initialized():
-        dist.all_reduce(torch.zeros(1))  # between the hosts
+    all_sum(torch.zeros(1))  # between the hosts
 
 
 def leave():
@@ -642,10 +635,10 @@ class StopSignal:
     def handler(self, number, frame):
         self.received = 1
 
-    def requested(self, step, world):
+    def requested(self, step):
         """True on all processes at the same step if one of them has got a signal. They ask each other every
         ten steps."""
-        return step % 10 == 0 and all_sum(torch.tensor(self.received), world).item() > 0
+        return step % 10 == 0 and all_sum(torch.tensor(self.received)).item() > 0
 
 
 # ---- Benchmark ---------------------------------------------------------------------------------------------
@@ -659,7 +652,7 @@ def bench(args, loader, parts):
     device = next(model.parameters()).device
     with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
         metrics = train_step(args, 0, next(loader), *parts)
-    for step in range(1, args.steps):
+    for step in range(1, WARMUP_STEPS + args.bench):
         if step == WARMUP_STEPS:
             metrics["", "loss"].tolist()  # waits for the device
             begin = time.perf_counter()
@@ -693,8 +686,7 @@ def add_options(parser, table):
         elif default == []:
             parser.add_argument(flag, action="append", default=[], help=text)
         elif default is None or isinstance(default, str):
-            choices = list(limits[0]) if limits else None
-            parser.add_argument(flag, default=default, choices=choices, help=text)
+            parser.add_argument(flag, default=default, choices=limits[0] if limits else None, help=text)
         else:
             convert = functools.partial(parse_number, type(default), *(limits[0] if limits else (0, 1e9)))
             parser.add_argument(flag, default=default, type=convert, help=text)
@@ -743,8 +735,6 @@ def resolve_args(args, world, device, teacher_mask):
     """Settle the options that depend on the machine, and check the batch."""
     args.batch = args.batch or 128 * world
     args.steps = args.steps or math.ceil(args.epochs * args.epoch_images / args.batch)
-    if args.bench:
-        args.steps = WARMUP_STEPS + args.bench
     args.eval_every = args.eval_every or max(1, args.steps // 20)
     if args.dtype == "auto":
         args.dtype = "bf16" if fast_bf16(device) else "fp32"
@@ -753,8 +743,8 @@ def resolve_args(args, world, device, teacher_mask):
         args.workers = min(16, max(0, cores_per_process() - networks))
     micro_batch = args.batch // world // args.accumulate
     if args.batch % world or micro_batch < (1 if teacher_mask.all() else len(teacher_mask)):
-        raise UserError(f"--batch {args.batch} must be divisible by {world} processes, and a micro-batch must hold"
-                        " an image of each group: use a larger --batch or a smaller --accumulate")
+        raise UserError(f"--batch {args.batch} must be divisible by {world} processes, a micro-batch must "
+                        "hold an image of each group: use a larger --batch or a smaller --accumulate")
 
 
 def pick_device(name, index=0):
