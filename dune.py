@@ -725,13 +725,14 @@ def load_safetensors(path):
     """{name: tensor} of a .safetensors file: length of the header (8 bytes), header (JSON), data."""
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
     with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        data = bytearray(file.read())
+        content = bytearray(file.read())
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        values = torch.frombuffer(data[begin:end], dtype=dtypes[entry["dtype"]])
+        values = torch.frombuffer(content[start + begin:start + end], dtype=dtypes[entry["dtype"]])
         tensors[name] = values.view(entry["shape"])
     return tensors
 

@@ -1,15 +1,13 @@
 """Distill frozen teachers into one student.
 
-    torchrun train.py --preset tiny                      # a laptop, minutes, nothing to download: see what it
-    is about torchrun --nproc_per_node=8 train.py --teachers dinov2,mast3r,multihmr \\
-        --data dinov2=/d/in1k --data mast3r=/d/habitat --data multihmr=/d/bedlam              # the published
-        stage 1
-    torchrun --nproc_per_node=8 train.py --preset stage2 --init out/stage1/checkpoint.pt --data ...      # and
-    stage 2
+    torchrun train.py --preset tiny                 # a laptop, minutes, no download: see what it is about
+    torchrun --nproc_per_node=8 train.py --teachers dinov2,mast3r,multihmr \\
+        --data dinov2=/d/in1k --data mast3r=/d/habitat --data multihmr=/d/bedlam     # the published stage 1
+    torchrun --nproc_per_node=8 train.py --preset stage2 --init out/stage1/checkpoint.pt --data ...
 
 `python train.py ...` runs the same on one process. A run writes into its folder: checkpoint.pt, log.jsonl,
 plot.png, pca.png, bad_images.txt. The same command started again continues where it stopped. SIGTERM and
-SIGUSR1 end a run within ten steps with a checkpoint and exit code 0.
+SIGUSR1 end a run within ten steps, with a checkpoint and exit code 0.
 """
 
 import argparse
@@ -26,6 +24,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.utils.benchmark
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -361,8 +360,12 @@ def build_optimizer(args, params, checkpoint):
     optimizer = torch.optim.AdamW(groups, args.lr, (args.beta1, args.beta2), args.eps, fused=True)
     if checkpoint is None:
         return optimizer, 0
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    return optimizer, checkpoint["step"]
+    with dune.user_errors(args.checkpoint):
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        step = int(checkpoint["step"])
+        if not 0 <= step <= args.steps:
+            raise UserError(f"step {step} > --steps {args.steps}")
+    return optimizer, step
 
 
 def compile_and_wrap(args, student, teachers, world, device):
@@ -381,8 +384,8 @@ def compile_and_wrap(args, student, teachers, world, device):
 def print_config(args, rank, world, device):
     if rank == 0:
         note = "; random teacher weights: losses are meaningless" if args.random_teachers else ""
-        print(f"{len(args.teachers)} teachers, {args.steps} steps of {args.batch} images at {args.image_size} px"
-              f", {world} process(es) on {device.type}, {args.dtype}{note}", flush=True)
+        print(f"{len(args.teachers)} teachers, {args.steps} steps of {args.batch} images at {args.image_size} "
+              f"px, {world} process(es) on {device.type}, {args.dtype}{note}", flush=True)
 
 
 # ---- Evaluation on held-out images, pictures ---------------------------------------------------------------
@@ -433,11 +436,11 @@ def finish(args, log, student, teachers, held_out):
         print(f"stopped at step {log.last_step} of {args.steps}; the same command continues")
     elif log.rank == 0:
         log.evaluate(args.steps, student, held_out)
-        first, *_, final = [line["held_out"] for line in read_log(args.out) if "held_out" in line]
+        evaluations = [line["held_out"] for line in read_log(args.out) if "held_out" in line]
         print(f"\nloss on {len(held_out.images)} held-out images")
         print(f"{'teacher':12}{'at the start':>14}{'at the end':>12}")
         for name in teachers:
-            print(f"{name:12}{first[name]:14.4f}{final[name]:12.4f}")
+            print(f"{name:12}{evaluations[0][name]:14.4f}{evaluations[-1][name]:12.4f}")
         torch.compiler.set_stance("force_eager")
         picture = data.pca_sheet(student, teachers, held_out.images[:6], f"{args.out}/pca.png")
         print(f"\nwrote {args.checkpoint}, {args.out}/log.jsonl, {plot_logs([args.out])}, {picture}")
@@ -527,9 +530,9 @@ def read_log(folder):
         for text in file:
             try:
                 line = json.loads(text)
-            except ValueError:
+                last_step = int(line["step"])
+            except (ValueError, TypeError, KeyError):
                 continue
-            last_step = line["step"]
             lines[last_step, "held_out" in line] = line
     return [lines[key] for key in sorted(lines) if key[0] <= last_step]
 
@@ -538,17 +541,17 @@ def plot_logs(folders):
     """Draw the losses of runs over each other, into plot.png of the first one's folder. Returns its path."""
     panels = {"training loss": {}, "held-out loss": {}}
     for folder in folders:
-        lines = read_log(folder)
-        evaluations = [line for line in lines if "held_out" in line]
-        training = [line for line in lines if "held_out" not in line]
-        if not evaluations:
-            raise UserError(f"{folder} does not contain a log.jsonl of a run")
         run = f"{os.path.basename(os.path.abspath(folder))} " if len(folders) > 1 else ""
-        steps = [line["step"] for line in training]
-        eval_steps = [line["step"] for line in evaluations]
-        for name in evaluations[0]["held_out"]:
-            panels["training loss"][run + name] = steps, [line[name]["loss"] for line in training]
-            panels["held-out loss"][run + name] = eval_steps, [line["held_out"][name] for line in evaluations]
+        for line in read_log(folder):
+            held_out = "held_out" in line
+            panel = panels["held-out loss" if held_out else "training loss"]
+            for name, value in line.get("held_out", line).items():
+                if held_out or isinstance(value, dict):
+                    steps, losses = panel.setdefault(run + name, ([], []))
+                    steps.append(line["step"])
+                    losses.append(value if held_out else value["loss"])
+    if not panels["training loss"]:
+        raise UserError(f"no log.jsonl of a run in {', '.join(folders)}")
     return data.line_plot(os.path.join(folders[0], "plot.png"), panels)
 
 
@@ -768,8 +771,8 @@ def run_main(main):
         line = format_error(error)
         if line is None:
             raise
-        # A mistake that all processes make is told once. What happens later may happen to one of them alone.
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, UserError) and dist.is_initialized():
+        # All processes of a machine make the same mistake: it is told once.
+        if local_rank() == 0 or not isinstance(error, UserError):
             tqdm.write(line, file=sys.stderr)
         sys.exit(2)
 
