@@ -708,7 +708,7 @@ def load_checkpoint(path):
     """
     path = str(path)
     if not os.path.isfile(path):
-        raise UserError(f"{path} is not a file" if os.path.exists(path) else f"no such file: {path}")
+        raise UserError(f"no such file: {path}")
     with user_errors(path):
         if path.endswith(".safetensors"):
             return load_safetensors(path)
@@ -748,6 +748,8 @@ def user_errors(path):
         message = f"missing key {error}" if isinstance(error, KeyError) else str(error).strip()
         message = re.sub(r"^Error\(s\) in loading state_dict for \w+:\s*", "", message)
         message = message.partition("\n")[0][:300] or type(error).__name__
+        if "weights_only" in message:  # torch's advice is to switch it off
+            message = "not a torch checkpoint, or one that holds code"
         if not message.startswith(path):
             message = f"{path}: {message}"
         raise UserError(message) from error

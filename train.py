@@ -384,8 +384,8 @@ def compile_and_wrap(args, student, teachers, world, device):
 def print_config(args, rank, world, device):
     if rank == 0:
         note = "; random teacher weights: losses are meaningless" if args.random_teachers else ""
-        print(f"{len(args.teachers)} teachers, {args.steps} steps of {args.batch} images at {args.image_size} "
-              f"px, {world} process(es) on {device.type}, {args.dtype}{note}", flush=True)
+        print(f"{len(args.teachers)} teachers, {args.steps} steps of {args.batch} images at {args.image_size}"
+              f" px, {world} process(es) on {device.type}, {args.dtype}{note}", flush=True)
 
 
 # ---- Evaluation on held-out images, pictures ---------------------------------------------------------------
