@@ -1,4 +1,5 @@
-"""Tests run from anywhere, leave the user's caches alone, and read the published systems' fixtures from golden/."""
+"""Tests run from anywhere, leave the user's caches alone, and read what the published code computed from golden/."""
+
 import os
 import sys
 import tempfile
@@ -13,17 +14,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import dune  # noqa: E402
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def golden():
-    """golden(name): what the published code computed, see DESIGN of each fixture in the test that uses it."""
-    return lambda name: dune.read_checkpoint(os.path.join(ROOT, "tests", "golden", f"{name}.pt"))
+    """golden(name): what the published code computed, golden/NAME.pt."""
+    return lambda name: dune.load_checkpoint(f"{ROOT}/tests/golden/{name}.pt")
 
 
 @pytest.fixture
 def close():
-    """close(a, b, tolerance=1e-5): relative error in fp32, asserted."""
+    """close(a, b, tolerance=1e-5): same shape, and a relative error of at most `tolerance`."""
     def check(a, b, tolerance=1e-5):
+        assert a.shape == b.shape
         error = ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
-        shapes = f"shapes {tuple(a.shape)} {tuple(b.shape)}"
-        assert a.shape == b.shape and error <= tolerance, f"relative error {error:.2e}, {shapes}"
+        assert error <= tolerance, f"relative error {error:.2e}"
     return check
