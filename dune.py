@@ -439,7 +439,7 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=eps)
         for token in (self.cls_token, self.register_tokens):
             if token is not None:
-                nn.init.normal_(token, std=1e-6)
+                nn.init.trunc_normal_(token, std=1e-6)  # normal_ would import torch._dynamo, seconds
         if self.pos_embed is not None:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.apply(init_linear)
