@@ -400,7 +400,8 @@ class AttentionPool(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.probe = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
+        self.probe = nn.Parameter(torch.empty(1, 1, dim))
+        nn.init.trunc_normal_(self.probe, std=0.02)  # torch.randn on "meta" would import torch._dynamo, seconds
         self.attention = nn.MultiheadAttention(dim, dim // HEAD_DIM, batch_first=True)
         self.layernorm = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, 4 * dim, gelu="tanh")
@@ -516,7 +517,16 @@ def fast_bf16(device):
     return torch.cpu._is_avx512_bf16_supported()
 
 
-def train(parameters, loss, steps, lr, weight_decay=1e-2, beta2=0.999, clip=0.0, description=None):
+def train(
+    parameters,
+    loss,
+    steps,
+    lr,
+    weight_decay=1e-2,
+    beta2=0.999,
+    clip=0.0,
+    description=None,
+):
     """Training loop of everything small (probes, specialists): AdamW with a one-cycle learning rate.
 
     parameters   a list of tensors
@@ -525,9 +535,19 @@ def train(parameters, loss, steps, lr, weight_decay=1e-2, beta2=0.999, clip=0.0,
     clip         largest gradient norm, 0: no clipping
     description  label of a progress bar, None: no bar
     """
-    betas = 0.9, beta2
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=betas, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps + 1, pct_start=0.1)
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=lr,
+        weight_decay=weight_decay,
+        betas=(0.9, beta2),
+        fused=True,
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        lr,
+        total_steps=steps + 1,
+        pct_start=0.1,
+    )
     for step in tqdm(range(steps), description, leave=False, disable=description is None):
         optimizer.zero_grad()
         loss(step).backward()
@@ -565,15 +585,22 @@ class PeopleProbe(Probe):
     outputs = {"patch": len(PARTS)}
 
     def targets(self, scenes):
-        """"share": how much of each patch has each label, [B, N, classes]."""
+        """"share" [B, N, classes]: how much of each patch has each label. The background counts half, so that
+        patches with a thin part are not lost.
+        """
         one_hot = F.one_hot(scenes["labels"], self.outputs["patch"])
-        return {"share": self.pool(one_hot.permute(0, 3, 1, 2).float())}
+        maps = one_hot.permute(0, 3, 1, 2).float()
+        maps[:, 0] /= 2
+        share = self.pool(maps)
+        return {"share": share / share.sum(-1, keepdim=True)}
 
     def forward(self, features):
         return {"patch": self.heads["patch"](features["patch"])}
 
     def loss(self, out, targets):
-        return F.cross_entropy(out["patch"].flatten(0, 1), targets["share"].flatten(0, 1))
+        logits = out["patch"].flatten(0, 1)
+        share = targets["share"].flatten(0, 1)
+        return F.cross_entropy(logits, share)
 
     def metrics(self, out, targets):
         """Mean intersection over union of the labels that occur, in %."""
@@ -588,7 +615,7 @@ class PeopleProbe(Probe):
 
 
 class ObjectsProbe(PeopleProbe):
-    """The kind of the object, from the class token or the mean patch; each patch's kind or background."""
+    """The kind of the object, from the class token or the mean patch; background or kind of each patch."""
     outputs = {"patch": len(KINDS) + 1, "kind": len(KINDS)}
 
     def targets(self, scenes):
@@ -598,14 +625,18 @@ class ObjectsProbe(PeopleProbe):
         cls = features["cls"]
         if cls is None:
             cls = features["patch"].mean(1)
-        return {**super().forward(features), "kind": self.heads["kind"](cls)}
+        kind = self.heads["kind"](cls)
+        return {**super().forward(features), "kind": kind}
 
     def loss(self, out, targets):
-        return super().loss(out, targets) + F.cross_entropy(out["kind"], targets["kind"])
+        kind_loss = F.cross_entropy(out["kind"], targets["kind"])
+        return super().loss(out, targets) + kind_loss
 
     def metrics(self, out, targets):
+        """And the accuracy of the kind, in %."""
         correct = out["kind"].argmax(-1) == targets["kind"]
-        return {"linear": 100 * correct.float().mean().item(), **super().metrics(out, targets)}
+        accuracy = 100 * correct.float().mean().item()
+        return {"linear": accuracy, **super().metrics(out, targets)}
 
 
 class RoomsProbe(Probe):
@@ -624,35 +655,40 @@ class RoomsProbe(Probe):
 
     def loss(self, out, targets):
         cosine = (out["normals"] * targets["normals"]).sum(-1)
-        return 2 * F.l1_loss(out["depth"], targets["depth"]) + (1 - cosine).mean()
+        depth_loss = F.l1_loss(out["depth"], targets["depth"])
+        return 2 * depth_loss + (1 - cosine).mean()
 
     def metrics(self, out, targets):
-        """RMSE of depth in meters, share within a factor of 1.25 in %, mean error of normals in degrees."""
+        """Depth: RMSE in meters, share within a factor of 1.25 in %. Normals: mean error in degrees."""
         error = out["depth"].exp() - targets["depth"].exp()
         log_error = (out["depth"] - targets["depth"]).abs()
         cosine = (out["normals"] * targets["normals"]).sum(-1)
+        close = log_error < math.log(1.25)
+        angle = cosine.clamp(-1, 1).acos()
         return {
             "depth RMSE": error.square().mean().sqrt().item(),
-            "delta1": 100 * (log_error < math.log(1.25)).float().mean().item(),
-            "normals": torch.rad2deg(cosine.clamp(-1, 1).acos()).mean().item(),
+            "delta1": 100 * close.float().mean().item(),
+            "normals": torch.rad2deg(angle).mean().item(),
         }
 
 
 PROBES = {"objects": ObjectsProbe, "rooms": RoomsProbe, "people": PeopleProbe}
 
 
-# Tiny specialists: stand-ins for the three teachers that differ as they do (class token and registers or not,
-# RoPE or learned positions, patch 16 or 14). Each is trained on its own domain only, from labels.
+# Tiny specialists: stand-ins for the three teachers, as different as these (class token and registers or not,
+# RoPE or learned positions, patch 14 or 16). Each is trained on its own domain only, from labels.
 
-TINY = dict(image_size=112, embed_dim=192, depth=3, num_heads=3, layer_scale=None)
-SPECIALISTS = {
-    "dinov2": dict(shape=dict(TINY, patch_size=14, registers=4), lr=1e-3),
-    "mast3r": dict(shape=dict(TINY, patch_size=16, registers=0, class_token=False), lr=1e-3),
-    "multihmr": dict(shape=dict(TINY, patch_size=14, registers=0), lr=1e-3),
+TINY = dict(image_size=112, embed_dim=128, depth=4, num_heads=2, layer_scale=None)
+SPECIALISTS = {  # what ViT is built with
+    "dinov2": dict(TINY, patch_size=14, registers=4),
+    "mast3r": dict(TINY, patch_size=16, registers=0, class_token=False),
+    "multihmr": dict(TINY, patch_size=14, registers=0),
 }
-# Version of the recipe and of the scenes: after a change, older specialists in the cache are no longer used.
-SPECIALIST_VERSION = 1
-SPECIALIST_SCENES, SPECIALIST_PASSES, SPECIALIST_BATCH = 3000, 2, 32
+SPECIALIST_VERSION = 1  # of scenes and training: the next number makes everybody train them again
+SPECIALIST_SCENES = 2000
+SPECIALIST_PASSES = {"dinov2": 3, "mast3r": 2, "multihmr": 2}
+SPECIALIST_BATCH = 16
+SPECIALIST_LR = 2e-3
 TINY_GRID = 8, 8
 
 
@@ -668,32 +704,44 @@ def prepare_specialist(name):
 
 
 def specialist_path(name):
-    return os.path.join(data.cache_folder(), f"tiny-{name}-v{SPECIALIST_VERSION}.pth")
+    file = f"tiny-{name}-{SPECIALIST_VERSION}.pth"
+    return os.path.join(data.cache_folder(), file)
 
 
 def train_specialist(name, count=SPECIALIST_SCENES):
-    """Train a specialist and the probe of its domain on `count` scenes; write both to specialist_path."""
+    """Train a specialist on `count` scenes of its domain, together with the probe of the domain.
+
+    Writes the encoder in the layout of the published file, and the probe's state dict under the key "probe".
+    """
     row = TEACHERS[name]
-    recipe = SPECIALISTS[name]
     scenes = data.labelled_scenes(row.domain, 0, count, TINY["image_size"])
     torch.manual_seed(0)
-    vit = ViT(**recipe["shape"], **row.vit_kwargs)
+    vit = ViT(**SPECIALISTS[name], **row.vit_kwargs)
     probe = PROBES[row.domain](vit.embed_dim, TINY_GRID)
-    parameters = [*vit.parameters(), *probe.parameters()]
-    order = torch.cat([torch.randperm(count) for _ in range(SPECIALIST_PASSES)])
-    batches = order.split(SPECIALIST_BATCH)
+    passes = [torch.randperm(count) for _ in range(SPECIALIST_PASSES[name])]
+    batches = torch.cat(passes).split(SPECIALIST_BATCH)
 
     def loss(step):
-        batch = {key: value[batches[step]] for key, value in scenes.items()}
-        images = renormalize(data.normalize(batch["image"]), MEAN_STD_IMAGENET, row.mean_std)
+        index = batches[step]
+        batch = {key: value[index] for key, value in scenes.items()}
+        images = data.normalize(batch["image"])
+        images = renormalize(images, MEAN_STD_IMAGENET, row.mean_std)
         images = resize_to_grid(images, TINY_GRID, vit.patch_size)
         with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16("cpu")):
             out = probe(vit(images))
         out = {key: value.float() for key, value in out.items()}
         return probe.loss(out, probe.targets(batch))
 
-    train(parameters, loss, len(batches), recipe["lr"], weight_decay=0.03, beta2=0.99, clip=1.0,
-          description=f"tiny {name}: learns {row.domain}")
+    train(
+        [*vit.parameters(), *probe.parameters()],
+        loss,
+        len(batches),
+        SPECIALIST_LR,
+        weight_decay=0.03,
+        beta2=0.99,
+        clip=1.0,
+        description=f"tiny {name}: learns {row.domain}",
+    )
     content = published_layout(name, vit.state_dict())
     content["probe"] = probe.state_dict()
     with data.atomic_write(specialist_path(name)) as file:
@@ -703,10 +751,14 @@ def train_specialist(name, count=SPECIALIST_SCENES):
 def published_layout(name, state):
     """A specialist's state dict as the published file of that teacher would hold it."""
     if name == "mast3r":
-        encoder = {re.sub(r"^(blocks|norm)\.", r"enc_\1.", key): value for key, value in state.items()}
-        return {"model": encoder}
+        renamed = {}
+        for key, value in state.items():
+            key = re.sub(r"^(blocks|norm)\.", r"enc_\1.", key)
+            renamed[key] = value
+        return {"model": renamed}
     if name == "multihmr":
-        return {"model_state_dict": {f"backbone.encoder.{key}": value for key, value in state.items()}}
+        prefixed = {f"backbone.encoder.{key}": value for key, value in state.items()}
+        return {"model_state_dict": prefixed}
     return dict(state)
 
 

@@ -296,7 +296,7 @@ def test_a_specialist_is_a_teacher_like_others(name, tmp_path, monkeypatch):
     monkeypatch.setattr(teachers, "train_specialist", lambda name: train(name, 32))
     teacher = teachers.load_teacher(name, "tiny")
     features = teacher(torch.randn(1, 3, 112, 112), grid=(8, 8))
-    assert features["patch"].shape == (1, 64, 192) and teacher.has_cls == (name == "dinov2")
+    assert features["patch"].shape == (1, 64, teacher.dim) and teacher.has_cls == (name == "dinov2")
     probe = teachers.PROBES[teachers.TEACHERS[name].domain](teacher.dim, (8, 8))
     probe.load_state_dict(dune.load_checkpoint(teachers.specialist_path(name))["probe"])
     scenes = data.labelled_scenes(teachers.TEACHERS[name].domain, 0, 1)
@@ -318,7 +318,8 @@ def test_three_of_the_newest(golden, tmp_path, monkeypatch):
              "vggt": tmp_path / "vggt.pt"}
     run = str(tmp_path / "run")
     options = ("--arch tiny --image-size 56 --batch 6 --lr 1e-2 --layer-scale 0 --log-every 1 --steps 8 "
-               "--eval-every 99 --workers 0 --device cpu --dtype fp32 --compile no --sharing own+generic").split()
+               "--workers 0 --eval-every 99 --device cpu --dtype fp32 --compile no --sharing "
+               "own+generic").split()
     argv = [*options, "--teachers", ",".join(paths), "--out", run]
     argv += [f"--weights={name}={path}" for name, path in paths.items()]
     with monkeypatch.context() as patch:
