@@ -401,7 +401,7 @@ class AttentionPool(nn.Module):
     def __init__(self, dim):
         super().__init__()
         self.probe = nn.Parameter(torch.empty(1, 1, dim))
-        nn.init.trunc_normal_(self.probe, std=0.02)  # torch.randn on "meta" would import torch._dynamo, seconds
+        nn.init.trunc_normal_(self.probe, std=0.02)  # torch.randn on "meta" imports torch._dynamo: slow
         self.attention = nn.MultiheadAttention(dim, dim // HEAD_DIM, batch_first=True)
         self.layernorm = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, 4 * dim, gelu="tanh")
