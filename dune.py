@@ -1,4 +1,4 @@
-"""DUNE: distill several frozen vision teachers that have nothing in common into one ViT encoder.
+"""DUNE: distill several frozen vision teachers with different tasks and training data into one ViT encoder.
 
 This file is the method (DUNE, CVPR 2025, arXiv 2503.14405; UNIC, ECCV 2024, arXiv 2408.05088): the student,
 the standardization of the teachers' features, the loss with data sharing and teacher dropping, and the
@@ -7,15 +7,16 @@ projectors. The ViT and the loading of checkpoints follow. For an image i and a 
     l = 1/2 (1 - cos(s, z)) + 1/2 smooth_l1(s, z)     s = projector_t(student)
                                                       z = (teacher_t - mean_t) / std_t
 
-Averaged over tokens it is l_it, and the loss of a step is sum(c_it * l_it) / sum(c_it), where c_it is 0 or 1:
-whether teacher t counts for image i. The division by sum(c) is in train.py, where all images of all processes
-are known.
+l_it is the mean over patch tokens; if the teacher has a class token, the mean of that and the class token's
+loss. The loss of a step is sum(c_it * l_it) / sum(c_it). c_it is 0 or 1: whether teacher t counts for image
+i. The division by sum(c) is in train.py, where all images of all processes are known.
 
     student = dune.load("dune_vitbase14_448_paper")     # or a path: our checkpoints and the published ones
     tokens = student.encoder(images)                    # {"cls": [B, D], "patch": [B, N, D]}
     dinov2 = student(images)["dinov2"]["patch"]         # DINOv2's features as predicted by its projector
 
-Shapes: B images, T teachers, N patch tokens, D channels of the student, D_t channels of teacher t.
+Shapes: B images on this process, b_t of them supervised by teacher t, T teachers, N patch tokens, D channels
+of the student, D_t channels of teacher t.
 """
 
 import argparse
@@ -39,11 +40,11 @@ import kernels
 # ---- The student -------------------------------------------------------------------------------------------
 
 class DUNE(nn.Module):
-    """The student: one encoder, and for each teacher a projector and the statistics of its features.
+    """The student: an encoder and, for each teacher, a projector and the statistics of its features.
 
     encoder    a ViT
     teachers   {name: (channels of its features, whether it has a class token)}
-    projector  a name of PROJECTORS
+    projector  a key of PROJECTORS
     norm       "dune" or "unic", see TeacherNorm
     recipe     of a loaded checkpoint: the options it was trained with, {} if unknown
     teacher_weights  of a loaded checkpoint: {teacher: its file, or "random"}
@@ -59,17 +60,15 @@ class DUNE(nn.Module):
         for name, (dim, has_cls) in teachers.items():
             self.projectors[name] = PROJECTORS[projector](encoder, dim, has_cls, **projector_options)
             self.teacher_norms[name] = TeacherNorm(dim, has_cls, norm)
-        # Projectors read the tokens before the encoder's last norm. It gets no gradient, so DDP must not wait
-        # for one; it stays the identity up to LayerNorm's own normalization. Published files hold it as it
-        # was initialized, too.
+        # Projectors read the tokens before encoder.norm, so it gets no gradient. It is frozen, or DDP would
+        # wait for one: its weight stays 1 and its bias 0, as in the published files.
         encoder.norm.requires_grad_(False)
 
     def forward(self, images, index=None):
         """The student's predictions of the teachers' standardized features.
 
         images [B, 3, H, W] -> {teacher: {"cls": [B, D_t] or None, "patch": [B, N, D_t]}}
-        index {teacher: int64 [b_t]}: project only these images for this teacher. None: all images for every
-        teacher.
+        index {teacher: int64 [b_t]}: project only these images for this teacher, perhaps none. None: all.
         """
         all_blocks = any(projector.uses_all_blocks for projector in self.projectors.values())
         tokens = self.encoder.tokens(images, return_all_blocks=all_blocks)
@@ -79,7 +78,7 @@ class DUNE(nn.Module):
         return outputs
 
     def project(self, teacher, tokens, index=None):
-        """Tokens of the encoder, those of the images `index`, through one projector: {"cls", "patch"}."""
+        """Apply the projector of one teacher to tokens[index]: {"cls": [b_t, D_t] or None, "patch"}."""
         if index is not None:
             tokens = [x[index] for x in tokens] if isinstance(tokens, list) else tokens[index]
         projected = split_tokens(self.projectors[teacher](tokens), True)
@@ -123,7 +122,8 @@ class TeacherNorm(nn.Module):
         return mean, std.clamp(min=1e-3)
 
     def forward(self, features):
-        """Evaluation: features standardized by the running averages, fp32; None where there are none."""
+        """Features standardized by the running averages, fp32. Evaluation only: training uses
+        update_norms()."""
         out = {"cls": None, "patch": None}
         for token_type in self.normalizers:
             mean, std = self.statistics(token_type)
@@ -135,11 +135,11 @@ class TeacherNorm(nn.Module):
 def update_norms(norms, features, momentum):
     """One training step of standardization. Returns {teacher: {token type: (mean, std)}} for this batch.
 
-    norms {teacher: TeacherNorm}; features {teacher: {"cls": [b, D_t] or None, "patch": [b, N, D_t]}}: the raw
-    features of this process. The statistics are those of the tokens of all processes. Instead of features
-    each process sends 2 D_t + 1 numbers for each teacher and token type (count, mean, m2), all in one
-    message, and the sets merge exactly (Chan et al. 1979). The running averages move by `momentum`: stat <-
-    (1 - m) stat + m batch_stat.
+    norms {teacher: TeacherNorm}; features {teacher: {"cls": [b_t, D_t] or None, "patch": [b_t, N, D_t]}}: raw
+    features of the images that each teacher supervises on this process. The statistics are those of the
+    tokens of all processes. No features are sent: for each teacher and token type a process sends count, mean
+    and m2 (sum of squared deviations), 2 D_t + 1 numbers, all in one message, and they are merged exactly
+    (Chan et al. 1979). The running averages move by `momentum`: stat <- (1 - m) stat + m batch_stat.
     """
     keys = []
     local = []
@@ -154,14 +154,14 @@ def update_norms(norms, features, momentum):
         dist.all_gather_into_tensor(messages, message)
     statistics = {name: {} for name in norms}
     sizes = [len(x) for x in local]
-    for (name, token_type), moments_t in zip(keys, messages.split(sizes, 1)):
-        means, m2s = moments_t[:, 1:].chunk(2, 1)  # [processes, D_t] each
-        count, mean, m2 = kernels.merge_moments(moments_t[:, 0], means, m2s)
+    for (name, token_type), gathered in zip(keys, messages.split(sizes, 1)):
+        means, m2s = gathered[:, 1:].chunk(2, 1)  # [processes, D_t] each
+        count, mean, m2 = kernels.merge_moments(gathered[:, 0], means, m2s)
         std = (m2 / (count - 1).clamp(min=1)).sqrt()
         # Before the update: UNIC standardizes by the averages of the earlier batches.
         norm = norms[name]
         statistics[name][token_type] = norm.statistics(token_type, (mean, std))
-        # One bad batch must not spoil the averages for good.
+        # One batch that is not finite would make the running averages NaN forever.
         finite = (count > 1) & mean.isfinite().all() & std.isfinite().all()
         running = norm.normalizers[token_type]
         running.mean.lerp_(torch.where(finite, mean, running.mean), momentum)
@@ -188,25 +188,25 @@ def token_losses(student, teacher, mean, std):
 
     student, teacher [..., D_t]: predicted features, and the teacher's raw features, which are standardized by
     mean and std [D_t] inside of the kernel. cos: 1 - cosine similarity. smooth_l1: mean over channels, beta
-    1. A new term is one more entry here and in LOSS_WEIGHTS.
+    1. To add a term, add it here and to LOSS_WEIGHTS.
     """
-    # eps=0: TeacherNorm.statistics has already bounded std.
+    # eps=0: std already contains its epsilon, see TeacherNorm.statistics.
     cos, smooth_l1 = kernels.distill_loss(student, teacher, mean, std, beta=1.0, eps=0.0)
     return {"cos": cos, "smooth_l1": smooth_l1}
 
 
 def image_losses(student, teacher, statistics):
-    """Losses of one teacher: (loss [b] of every image, its terms {"cls_cos": [b], "patch_cos": [b], ...}).
+    """Losses of one teacher: (loss [b_t] of every image, its terms {"cls_cos": [b_t], "patch_cos", ...}).
 
-    student, teacher: {"cls": [b, D_t] or None, "patch": [b, N, D_t]}, the teacher's are raw features.
-    statistics {token type: (mean, std)}. Patch tokens are averaged. If the teacher has a class token, its
-    loss and the mean of the patch tokens count equally.
+    student, teacher: {"cls": [b_t, D_t] or None, "patch": [b_t, N, D_t]}; those of the teacher are raw
+    features. statistics {token type: (mean, std)}. Patch tokens are averaged. If the teacher has a class
+    token, the class token's loss and the mean of the patch tokens' count equally.
     """
     terms = {}
     loss = 0
     for token_type, (mean, std) in statistics.items():
-        tokens = token_losses(student[token_type], teacher[token_type], mean, std)
-        for term, value in tokens.items():
+        per_token = token_losses(student[token_type], teacher[token_type], mean, std)
+        for term, value in per_token.items():
             value = value.mean(1) if token_type == "patch" else value
             terms[f"{token_type}_{term}"] = value
             loss = loss + LOSS_WEIGHTS[term] * value
@@ -221,9 +221,9 @@ def batch_losses(outputs, features, statistics, index, count):
     """
     losses = []
     terms = {}
-    for name, rows in index.items():
+    for name, indices in index.items():
         loss, terms[name] = image_losses(outputs[name], features[name], statistics[name])
-        losses.append(loss.new_zeros(count).index_copy(0, rows, loss))
+        losses.append(loss.new_zeros(count).index_copy(0, indices, loss))
     return torch.stack(losses, 1), terms
 
 
@@ -231,14 +231,16 @@ def teacher_coefficients(losses, teacher_mask, drop, uniform):
     """c [B, T], 0 or 1: which teachers count for which images (data sharing, then teacher dropping).
 
     losses [B, T]: the choice depends on them, but no gradient flows through it.
-    teacher_mask bool [B, T], data sharing (DUNE section 3.2): may teacher t supervise image i? With "all"
-    every teacher supervises every image. With "own" a teacher supervises the images of its own data only.
-    "own+generic" is "own", and images of a generic teacher's data are supervised by all. A teacher is generic
-    if its data shows everything there is, as DINOv2's web images do, while MASt3R's scenes and Multi-HMR's
-    people are special.
-    drop, uniform [B, T] in 0..1, teacher dropping (UNIC section 3.3): of the teachers that may supervise an
-    image the one with the largest loss always counts; each other one is dropped with probability `drop`,
-    where uniform < drop.
+    teacher_mask bool [B, T], from data.teacher_mask: may teacher t supervise image i? (DUNE section 3.2)
+        "all"          every teacher supervises every image
+        "own"          a teacher supervises the images of its own data only
+        "own+generic"  as "own", and generic data is supervised by all teachers. Data is generic if it is
+                       broad, as DINOv2's web images: these are useful input for every teacher. Scenes
+                       (MASt3R) and people (Multi-HMR) are not, and supervise their own teacher alone.
+                       TEACHERS says which is which.
+    drop: probability of teacher dropping (UNIC section 3.3). uniform [B, T]: random numbers from U(0, 1). Of
+    the teachers that may supervise an image the one with the largest loss always counts; each other one is
+    dropped where uniform < drop.
     """
     hardest = losses.detach().masked_fill(~teacher_mask, -math.inf).argmax(1, keepdim=True)
     keep = (uniform >= drop).scatter(1, hardest, True)
@@ -248,21 +250,22 @@ def teacher_coefficients(losses, teacher_mask, drop, uniform):
 def weighted_sum(losses, coefficients):
     """(sum(c * l), sum(c)). Their ratio over all images of all processes is the loss (UNIC eq. 3).
 
-    where() and not a product: a teacher that does not count for an image must not matter, not even if its
-    loss is NaN.
+    where() and not a product: the loss of a teacher that does not count must not enter the sum, not even as
+    NaN. Its gradient is 0, too: kernels.distill_loss gives a token without incoming gradient the gradient 0.
     """
     return torch.where(coefficients > 0, coefficients * losses, 0).sum(), coefficients.sum()
 
 
 # ---- Projectors --------------------------------------------------------------------------------------------
 # They map the student's class and patch tokens, before its last norm, to a teacher's channels:
-# [B, 1 + N, D] -> [B, 1 + N, D_t]. All teachers of a student have projectors of the same class.
+# [B, 1 + N, D] -> [B, 1 + N, D_t]. All teachers of a student have projectors of the same type.
 
 class Projector(nn.Module):
     """Base class. A projector defines __init__(encoder, out_dim, has_cls) and forward(tokens).
 
-    uses_all_blocks  forward gets a list, the output of every encoder block, instead of the last block's alone
-    width_keys       extra constructor arguments, and the checkpoint tensor whose length gives each of them
+    uses_all_blocks  forward gets a list with the output of every encoder block instead of the last block's
+                     output
+    width_keys       {extra constructor argument: the bias in a checkpoint whose length it is}
     """
 
     uses_all_blocks = False
@@ -272,7 +275,7 @@ class Projector(nn.Module):
 class TransformerProjector(Projector):
     """TP, DUNE's own (section 3.2): one ViT block over all tokens at the student's width, then Linear.
 
-    It keeps torch's default initialization of Linear, as published, unlike the encoder.
+    Its Linear layers keep PyTorch's default initialization, as published; the encoder's are trunc-normal.
     """
 
     def __init__(self, encoder, out_dim, has_cls=True):
@@ -329,7 +332,8 @@ def token_types(has_cls):
 def apply_per_token_type(mlps, tokens):
     """Apply the first MLP to the class token and the last to the patch tokens.
 
-    If the teacher has no class token there is only one MLP; the class column of the result is then unused.
+    If the teacher has no class token there is only one MLP; DUNE.project then discards the class token's
+    output.
     """
     return torch.cat([mlps[0](tokens[:, :1]), mlps[-1](tokens[:, 1:])], 1)
 
@@ -375,7 +379,7 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. drop_path: probability that an image skips a half of it in training."""
+    """Pre-norm transformer block. drop_path: probability of dropping each residual branch, for each image."""
 
     def __init__(self, dim, num_heads, layer_scale=None, drop_path=0.0, eps=1e-6, gelu="none"):
         super().__init__()
@@ -439,7 +443,7 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=eps)
         for token in (self.cls_token, self.register_tokens):
             if token is not None:
-                nn.init.trunc_normal_(token, std=1e-6)  # normal_ would import torch._dynamo, seconds
+                nn.init.trunc_normal_(token, std=1e-6)  # normal_ imports torch._dynamo: seconds
         if self.pos_embed is not None:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.apply(init_linear)
@@ -454,8 +458,8 @@ class ViT(nn.Module):
     def tokens(self, images, return_all_blocks=False):
         """Class and patch tokens before the last norm, the input of the projectors: [B, 1 + N, D].
 
-        images [B, 3, H, W], ImageNet-normalized; H and W are divisible by the patch size. Without a class
-        token [B, N, D]. return_all_blocks: a list with the output of every block instead of the last one's.
+        [B, N, D] if there is no class token. images [B, 3, H, W], ImageNet-normalized; H and W are divisible
+        by the patch size. return_all_blocks: a list with the output of every block instead of the last one's.
         """
         rows, cols = token_grid(images, self.patch_size)
         x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)  # [B, N, D]
@@ -464,7 +468,7 @@ class ViT(nn.Module):
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
         if self.pos_embed is not None:
             x = x + self.interpolate_pos_embed(rows, cols)
-        # Registers first: attention does not see the order, and projectors then read a plain slice.
+        # Registers go first: attention ignores the order, and x[:, registers:] is then class + patches.
         if self.register_tokens is not None:
             x = torch.cat([self.register_tokens.expand(len(x), -1, -1), x], 1)
         rope = None
@@ -502,8 +506,8 @@ class ViT(nn.Module):
         return torch.cat([cls, patches.to(cls.dtype)], 1)
 
 
-SIZES = {  # the field's ViT sizes; tiny is this project's own, for the laptop
-    "tiny": dict(embed_dim=128, depth=3, num_heads=2),
+SIZES = {  # standard ViT sizes; tiny is this project's own, for a laptop
+    "tiny": dict(embed_dim=128, depth=2, num_heads=2),
     "small": dict(embed_dim=384, depth=12, num_heads=6),
     "base": dict(embed_dim=768, depth=12, num_heads=12),
     "large": dict(embed_dim=1024, depth=24, num_heads=16),
@@ -522,16 +526,15 @@ def attention(q, k, v):
     """softmax(q k^T / sqrt(d)) v of [B, heads, N, d]."""
     if q.device.type != "cpu" or not q.requires_grad or k.shape[-2] > 512:
         return F.scaled_dot_product_attention(q, k, v)
-    # Training on CPUs: torch's fused one takes eight times as long in bf16 (69 tokens). For many tokens it
-    # saves memory.
+    # In training on a CPU with few tokens, in bf16, the fused attention is eight times slower than this.
     return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
 
 
 def rope_cos_sin(rows, cols, prefix, dim, device, periods=None):
     """Rotary position embedding: (cos, sin), each [prefix + rows * cols, dim].
 
-    Half of the channels turn with the row, half with the column.
-    The prefix tokens (class and registers) have no place in the image and are not turned.
+    Half of the channels are rotated by the row, half by the column. The prefix tokens (class and registers)
+    have no position and are not rotated.
     periods  None: MASt3R's RoPE, coordinates count from 0. [dim / 4]: DINOv3's, coordinates run from -1 to 1.
     """
     y = torch.arange(rows, device=device)
@@ -598,8 +601,8 @@ KEY_PATTERNS = {  # published keys -> ours
 def load(path_or_name, encoder_only=False):
     """A trained student in eval mode on the CPU: a DUNE, or with encoder_only its ViT.
 
-    path_or_name: a checkpoint of ours, a published DUNE or UNIC file, or a name of PUBLISHED_NAMES, which is
-    downloaded. All sizes are read off the tensors. UserError if the file does not hold such a model.
+    path_or_name: a checkpoint of ours, a published DUNE or UNIC file, or one of PUBLISHED_NAMES, which is
+    downloaded. All sizes are inferred from the tensors. UserError if the file does not hold such a model.
     """
     path = str(path_or_name)
     if path in PUBLISHED_NAMES and not os.path.exists(path):
@@ -643,7 +646,7 @@ def dune_from_state(encoder, state, content):
             teachers[match[1]] = len(value), key.replace(".patch.", ".cls.") in state
     is_unic = "teacher_ft_stats" in content
     recipe = content.get("args")
-    if not isinstance(recipe, dict):  # published files hold a Namespace, whose words mean other things
+    if not isinstance(recipe, dict):  # published files hold a Namespace with other options
         recipe = {}
     projector = recipe.get("projector", "lp" if is_unic else "tp")
     norm = recipe.get("norm", "unic" if is_unic else "dune")
@@ -661,7 +664,7 @@ def dune_from_state(encoder, state, content):
 
 
 def vit_from_state(state, **options):
-    """A ViT without weights (on "meta"), its sizes read off a state dict in DINOv2's layout; heads of 64."""
+    """A ViT without weights (on "meta"), its sizes inferred from a state dict in DINOv2's layout."""
     embed_dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     if embed_dim % 64:
@@ -739,7 +742,7 @@ def load_safetensors(path):
 
 @contextlib.contextmanager
 def user_errors(path):
-    """Turn whatever goes wrong while a file from outside becomes a model into a UserError with its path."""
+    """Turn whatever goes wrong while loading an external file into a UserError with its path."""
     try:
         yield
     except (MemoryError, OSError):
@@ -769,7 +772,7 @@ def download(url):
 
 
 def cached_path(url):
-    """Where download() keeps a file. Those of Hugging Face, many of one name, are named by repository."""
+    """Where download() keeps a file. Hugging Face's often share a name, so the repository is prepended."""
     parts = url.split("/")
     name = parts[-1]
     if parts[2] == "huggingface.co":

@@ -1,11 +1,11 @@
 """Distill frozen teachers into one student.
 
-    torchrun train.py --preset tiny                 # a laptop, minutes, no download: see what it is about
+    torchrun train.py --preset tiny                 # a quick demo on a laptop, no download
     torchrun --nproc_per_node=8 train.py --teachers dinov2,mast3r,multihmr \\
         --data dinov2=/d/in1k --data mast3r=/d/habitat --data multihmr=/d/bedlam     # the published stage 1
     torchrun --nproc_per_node=8 train.py --preset stage2 --init out/stage1/checkpoint.pt --data ...
 
-`python train.py ...` runs the same on one process. A run writes into its folder: checkpoint.pt, log.jsonl,
+`python train.py ...` runs a single process. A run writes into its folder: checkpoint.pt, log.jsonl,
 plot.png, pca.png, bad_images.txt. The same command started again continues where it stopped. SIGTERM and
 SIGUSR1 end a run within ten steps, with a checkpoint and exit code 0.
 """
@@ -36,9 +36,9 @@ from teachers import TEACHERS, fast_bf16, list_teachers, load_teacher
 
 
 # ---- Options -----------------------------------------------------------------------------------------------
-# {name: (default, help[, (lowest, highest) or choices])}; numbers are at least 0 if nothing is said.
+# {name: (default, help[, (lowest, highest) or choices])}; numbers are at least 0 by default.
 
-RECIPE = {  # what makes a run; the defaults are the published first stage
+RECIPE = {  # options that affect the result; the defaults are the published first stage
     "teachers": ("dinov2,mast3r,multihmr", "comma-separated names, see --list-teachers"),
     "arch": ("base", "size of the student", tuple(dune.SIZES)),
     "patch_size": (14, "patch size of the student, pixels", (1, 64)),
@@ -48,7 +48,7 @@ RECIPE = {  # what makes a run; the defaults are the published first stage
     "drop_path": (0.0, "stochastic depth of the student's last block", (0, 0.99)),
     "projector": ("tp", "tp: transformer, sp: simple, lp: UNIC's ladder", dune.PROJECTORS),
     "norm": ("dune", "standardize by batch statistics (dune) or running averages (unic)", ("dune", "unic")),
-    "sharing": ("all", "which teachers supervise an image, see dune.teacher_coefficients", data.SHARING),
+    "sharing": ("all", "which teachers supervise an image: all, own, or all if it is generic", data.SHARING),
     "drop": (0.5, "teacher dropping probability", (0, 1)),
     "batch": (0, "images per step over all processes; 0 = 128 per process"),
     "epochs": (100.0, "length of the run, in epochs of --epoch-images", (1e-6, 1e6)),
@@ -56,16 +56,16 @@ RECIPE = {  # what makes a run; the defaults are the published first stage
     "steps": (0, "length of the run in steps, instead of --epochs"),
     "lr": (3e-4, "learning rate for a batch of 256; scaled linearly with the batch"),
     "min_lr": (1e-6, "learning rate at the end"),
-    "warmup": (0.2, "share of the run in which the learning rate rises", (0, 1)),
+    "warmup": (0.2, "fraction of the run in which the learning rate rises", (0, 1)),
     "weight_decay": (0.03, "weight decay of matrices; biases and 1-D parameters have none"),
-    "beta1": (0.9, "of AdamW", (0, 0.99999)),
-    "beta2": (0.99, "of AdamW", (0, 0.99999)),
-    "eps": (1e-15, "of AdamW"),
-    "clip": (1.0, "largest gradient norm of each parameter tensor on its own; 0 = no clipping"),
-    "crop": (0.4, "smallest share of the image's area that a random crop keeps", (0.01, 1)),
-    "color": (1.0, "share of the images with color jitter, blur and so on", (0, 1)),
+    "beta1": (0.9, "AdamW beta1", (0, 0.99999)),
+    "beta2": (0.99, "AdamW beta2", (0, 0.99999)),
+    "eps": (1e-15, "AdamW eps"),
+    "clip": (1.0, "max gradient norm, per parameter tensor; 0 = no clipping"),
+    "crop": (0.4, "smallest fraction of the image's area that a random crop keeps", (0.01, 1)),
+    "color": (1.0, "fraction of the images with color augmentation", (0, 1)),
     "seed": (0, "random seed of weights, order, crops and dropping"),
-    "dtype": ("auto", "bf16: autocast; auto: bf16 if the hardware multiplies it", ("auto", "fp32", "bf16")),
+    "dtype": ("auto", "bf16: autocast; auto: bf16 if supported natively", ("auto", "fp32", "bf16")),
 }
 PRESETS = {
     "stage1": {},
@@ -76,8 +76,8 @@ PRESETS = {
     "tiny": dict(arch="tiny", image_size=112, batch=32, steps=1500, sharing="own", lr=28e-3, warmup=0.1,
                  layer_scale=0.0, crop=1.0, color=0.0),
 }
-TINY_SCENES = ":1000000-1003000"  # data of the tiny preset: few enough to be drawn once, new to its teachers
-RUN_OPTIONS = {  # these do not affect the result (up to rounding) and may differ when a run is resumed
+TINY_SCENES = ":1000000-1002000"  # seeds of the tiny preset's scenes; its teachers have not seen them
+RUN_OPTIONS = {  # options that do not affect the result, up to rounding: a resumed run may change them
     "preset": ("stage1", "a set of defaults, see PRESETS in this file", PRESETS),
     "data": ([], "TEACHER=SOURCE[,SOURCE]: folders, .tar, .txt lists; without any: procedural scenes"),
     "val": ([], "held-out images for --eval-every, like --data; without any: unseen procedural scenes"),
@@ -87,9 +87,9 @@ RUN_OPTIONS = {  # these do not affect the result (up to rounding) and may diffe
     "out": (None, "folder of the run (default: out/PRESET)"),
     "resume": ("yes", "continue the run in --out, or start over", ("yes", "no")),
     "log_every": (10, "steps between lines of the log", (1, 1e9)),
-    "eval_every": (0, "steps between evaluations on held-out images; 0 = twenty times a run"),
+    "eval_every": (0, "steps between evaluations on held-out images; 0 = steps / 20"),
     "save_every": (1000, "steps between checkpoints", (1, 1e9)),
-    "workers": (-1, "data workers per process; -1 = all cores, but two for the networks on a CPU", (-1, 256)),
+    "workers": (-1, "data workers per process; -1 = all cores; on a CPU, all but two", (-1, 256)),
     "accumulate": (1, "number of micro-batches of each process, to save memory", (1, 1e6)),
     "recompute": (False, "recompute the student's blocks in the backward pass to save memory"),
     "compile": ("auto", "torch.compile teachers and student; auto = on GPUs", ("auto", "yes", "no")),
@@ -110,17 +110,17 @@ def main(argv=None):
     if args.plot:
         return print("wrote", plot_logs(args.plot.split(",")))
 
-    # Data. A group is the images of one teacher, or of several. A batch holds equally many of each group.
-    rows = {name: TEACHERS[name] for name in args.teachers}
-    groups = data.parse_data(args.data, rows, TINY_SCENES if args.preset == "tiny" else "")
-    teacher_mask = data.teacher_mask(groups, args.teachers, args.sharing)  # bool [groups, T]
-    held_out_groups = data.parse_data(args.val, rows)
+    # Data. A group is a set of images of the same teachers. Every batch has equally many of each group.
+    specs = {name: TEACHERS[name] for name in args.teachers}
+    groups = data.parse_data(args.data, specs, TINY_SCENES if args.preset == "tiny" else "")
+    group_mask = data.teacher_mask(groups, args.teachers, args.sharing)   # bool [groups, T]
+    held_out_groups = data.parse_data(args.val, specs)
     if args.show_data:
         return data.show_data(groups, args.teachers, args.image_size, args.show_data)
 
     # Teachers, student, optimizer
     rank, world, device = init_distributed(args.device)
-    resolve_args(args, world, device, teacher_mask)
+    resolve_args(args, world, device, group_mask)
     checkpoint = read_checkpoint(args)                                # None: a new run
     teachers = build_teachers(args, device)
     student = build_student(args, teachers, checkpoint).to(device)
@@ -130,7 +130,7 @@ def main(argv=None):
     model = compile_and_wrap(args, student, teachers, world, device)
     loader = data.batches(groups, args.image_size, args.batch, args.seed, rank, world, start, args.workers,
                           (args.crop, 1.0), args.color)
-    parts = model, student, teachers, optimizer, params, teacher_mask, rank, world
+    parts = model, student, teachers, optimizer, params, group_mask, rank, world
     print_config(args, rank, world, device)
     if args.bench:
         return bench(args, loader, parts)
@@ -141,11 +141,11 @@ def main(argv=None):
         if step % args.eval_every == 0:
             log.evaluate(step, student, held_out)
         batch = next(loader)
-        log.add(batch, train_step(args, step, batch, *parts))         # summed on the device: nothing waits
+        log.add(batch, train_step(args, step, batch, *parts))         # accumulated on the device: no sync
         done = step + 1
         last = done == args.steps or stop.requested(done)             # the same on all processes
         if done % args.log_every == 0 or last:
-            log.write(done, optimizer)                                # waits for the device
+            log.write(done, optimizer)                                # syncs with the device
         if done % args.save_every == 0 or last:
             save_checkpoint(args, rank, done, student, optimizer)
         if last:
@@ -153,17 +153,18 @@ def main(argv=None):
     finish(args, log, student, teachers, held_out)
 
 
-def train_step(args, step, batch, model, student, teachers, optimizer, params, teacher_mask, rank, world):
-    """One update of the student. Returns what is logged: {(teacher or "", term): [sum, count] on the device}.
+def train_step(args, step, batch, model, student, teachers, optimizer, params, group_mask, rank, world):
+    """One update of the student. Returns metrics for the log, {(teacher, term): [sum, count]}, on the device.
 
-    Shapes: b images on this process, T teachers, b_t images that teacher t supervises, N patch tokens.
+    The teacher of what concerns the whole step is "".
+    Shapes: b images on this process, b_t of them supervised by teacher t, T teachers, N patch tokens.
     """
     device = params[0].device
     images = data.augment(batch["image"].to(device, non_blocking=True), batch["params"])   # [b, 3, S, S]
-    mask = teacher_mask[batch["group"]]         # bool [b, T] on the CPU: may teacher t supervise image i?
-    index = {name: mask[:, t].nonzero()[:, 0] for t, name in enumerate(teachers)}          # [b_t], sorted
-    uniform = dropping_uniform(args, step, rank, world)                                    # [b, T]
-    torch.manual_seed(step_seed(args, step) + 1 + rank)  # for stochastic depth: the same in a resumed run
+    teacher_mask = group_mask[batch["group"]]   # bool [b, T], on the CPU: may teacher t supervise image i?
+    index = {name: teacher_mask[:, t].nonzero()[:, 0] for t, name in enumerate(teachers)}  # [b_t], sorted
+    uniform = dropping_uniform(args, step, rank, world)                                    # [b, T], U(0, 1)
+    torch.manual_seed(step_seed(args, step) + 1 + rank)  # of stochastic depth: resuming is reproducible
 
     # 1. The frozen teachers, each on the images it supervises: {"cls": [b_t, D_t] or None, "patch"}
     features = {name: teachers[name](images[to_device(index[name], device)], args.grid) for name in teachers}
@@ -173,26 +174,27 @@ def train_step(args, step, batch, model, student, teachers, optimizer, params, t
 
     # 3. Student, loss, backward, one micro-batch after the other. The loss of the step is sum(c * l) / sum(c)
     #    over all images of all processes. The coefficients c depend on the losses, so sum(c) is known only
-    #    after the last micro-batch: step 4 divides the gradients by it.
+    #    after the last micro-batch: the gradients of sum(c * l) are accumulated, and divided in step 4.
     metrics = {}
+    coefficient_total = 0
     for begin, end in micro_batches(len(images), args.accumulate):
         part_index, targets = select(index, features, begin, end)
-        part_mask = to_device(mask[begin:end], device)
+        part_mask = to_device(teacher_mask[begin:end], device)
         part_uniform = to_device(uniform[begin:end], device)
-        model.require_backward_grad_sync = end == len(images)         # DDP: average the gradients once
+        model.require_backward_grad_sync = end == len(images)         # DDP: communicate in the last one only
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
             outputs = model(images[begin:end], part_index)
         losses, terms = dune.batch_losses(outputs, targets, statistics, part_index, end - begin)   # [b, T]
         coefficients = dune.teacher_coefficients(losses, part_mask, args.drop, part_uniform)       # [b, T]
         loss_sum, coefficient_sum = dune.weighted_sum(losses, coefficients)
         loss_sum.backward()
+        coefficient_total = coefficient_total + coefficient_sum
         add_metrics(metrics, losses, terms, coefficients, part_index, loss_sum, coefficient_sum)
 
-    # 4. One step of AdamW. DDP has averaged the gradients over processes: undo that, and divide by sum(c).
+    # 4. One step of AdamW. DDP leaves grad(sum(c * l)) / world: times world / sum(c) it is grad of the loss.
     for group in optimizer.param_groups:
         group["lr"] = lr_at(step, args.steps, args.lr * args.batch / 256, args.min_lr, args.warmup)
-    coefficient_sum = all_sum(metrics["", "loss"][1].clone())
-    grad_norm, skipped = update(params, optimizer, world / coefficient_sum, args.clip)
+    grad_norm, skipped = update(params, optimizer, world / all_sum(coefficient_total), args.clip)
     metrics["", "grad_norm"] = torch.stack([torch.where(skipped > 0, 0, grad_norm), 1 - skipped])
     metrics["", "skipped"] = torch.stack([skipped, torch.ones_like(skipped)])
     return metrics
@@ -734,7 +736,7 @@ def parse_args(argv=None):
     return args
 
 
-def resolve_args(args, world, device, teacher_mask):
+def resolve_args(args, world, device, group_mask):
     """Settle the options that depend on the machine, and check the batch."""
     args.batch = args.batch or 128 * world
     args.steps = args.steps or math.ceil(args.epochs * args.epoch_images / args.batch)
@@ -745,7 +747,7 @@ def resolve_args(args, world, device, teacher_mask):
         networks = 0 if device.type == "cuda" else 2
         args.workers = min(16, max(0, cores_per_process() - networks))
     micro_batch = args.batch // world // args.accumulate
-    if args.batch % world or micro_batch < (1 if teacher_mask.all() else len(teacher_mask)):
+    if args.batch % world or micro_batch < (1 if group_mask.all() else len(group_mask)):
         raise UserError(f"--batch {args.batch} must be divisible by {world} processes, a micro-batch must "
                         "hold an image of each group: use a larger --batch or a smaller --accumulate")
 
