@@ -432,10 +432,9 @@ class ViT(nn.Module):
         self.pos_embed = None
         if not position.startswith("rope"):
             self.pos_embed = nn.Parameter(torch.zeros(1, class_token + self.grid**2, embed_dim))
-        self.rope_periods = None
-        if position == "rope_centered":
-            quarter = embed_dim // num_heads // 4
-            self.register_buffer("rope_periods", 100 ** (torch.arange(quarter) / quarter))
+        quarter = embed_dim // num_heads // 4
+        periods = 100 ** (torch.arange(quarter) / quarter)
+        self.register_buffer("rope_periods", periods if position == "rope_centered" else None)
         self.blocks = nn.ModuleList()
         for i in range(depth):
             rate = drop_path * i / max(1, depth - 1)
@@ -753,7 +752,7 @@ def user_errors(path):
         message = message.partition("\n")[0][:300] or type(error).__name__
         if "weights_only" in message:  # torch's advice is to switch it off
             message = "not a torch checkpoint, or one that holds code"
-        if not message.startswith(path):
+        if not message.startswith(str(path)):
             message = f"{path}: {message}"
         raise UserError(message) from error
 
