@@ -247,6 +247,7 @@ def command_loss(args):
     if not student or models.teachers.keys() - student.projectors.keys():
         raise UserError("loss needs a student (--run or --checkpoint) and teachers that it learned from")
     images = sample_images(args, models, 32 if models.image_size <= 128 else 8)
+    images = images.to(models.device)
     losses = HeldOut(images, models.teachers, models.grid).losses(student, running=True)
     print(f"losses on {len(images)} held-out images")
     write_results(args, losses, image_size=models.image_size)
@@ -254,7 +255,7 @@ def command_loss(args):
 
 # ---- The study: linear probes on procedural scenes -------------------------------------------------------
 
-STUDY = {"train": 1000, "test": 250, "steps": 300}  # scenes of a domain, training steps of a probe
+STUDY = {"train": 900, "test": 400, "steps": 300}  # scenes of a domain, training steps of a probe
 # The first seeds of scenes that no teacher and no student has seen.
 TRAIN_SEED = 5 * 10**8
 TEST_SEED = data.TEST_SCENES + 10**8
@@ -1249,7 +1250,7 @@ def write_results(args, rows, picture=None, spread=None, **more):
     content = json.loads(json.dumps(content), parse_constant=lambda word: None)  # NaN is not JSON
     with data.atomic_write(path, "w") as file:
         json.dump(content, file, indent=1)
-    print("wrote", path, picture or "")
+    print("wrote", *filter(None, (path, picture)))
 
 
 def print_table(rows, spread=None):
