@@ -99,11 +99,14 @@ class Files(Source):
                 content = file.read(length)
             return decode(io.BytesIO(content), size, self.turn and self.turn in path)
         except Exception as error:  # Pillow's decoders raise nearly everything
-            raise UserError(f"{printable(path)}: {printable(error)}") from None
+            raise UserError(f"{printable(path)}: {printable(error).partition(' <')[0]}") from None
 
 
 class Scenes(Source):
     """`scenes:NAME[:START-STOP]`: procedural images. Image i has seed START + i. Unbounded without STOP."""
+
+    size = 224  # until `prepare` sets it
+    drawn = ()
 
     def __init__(self, spec):
         super().__init__(spec)
@@ -115,8 +118,6 @@ class Scenes(Source):
         self.count = int(match[3] or TEST_SCENES) - self.start
         if self.count < 1:
             raise UserError(f"{spec} holds no images: START must be less than STOP")
-        self.size = 224
-        self.drawn = ()
 
     def draw(self, i):
         return SCENES[self.domain](self.start + i, self.size)["image"]
@@ -381,8 +382,7 @@ Image.MAX_IMAGE_PIXELS = 45_000_000  # Pillow refuses images of more than twice 
 def to_rgb(image):
     """Any PIL image as RGB: of 16 bits the upper 8, and white where it is transparent."""
     if image.mode.startswith("I"):  # Pillow would clip at 255
-        high_byte = np.asarray(image) >> 8
-        image = Image.fromarray(high_byte.astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -759,8 +759,8 @@ def contact_sheet(rows, path, columns=(), cell=224):
             if len(pixels) == 3:
                 pixels = pixels.permute(1, 2, 0)
             picture = Image.fromarray(pixels.contiguous().numpy())
-            picture = ImageOps.pad(picture, (cell, cell), color="white")
-            sheet.paste(picture, (step * c + 3, 40 + step * r))
+            square = ImageOps.pad(picture, (cell, cell), color="white")
+            sheet.paste(square, (step * c + 3, 40 + step * r))
     return save_png(sheet, path)
 
 
@@ -841,7 +841,7 @@ def draw_curves(draw, left, curves):
     for values in curves.values():
         line = np.array(values, float).T  # [points, 2]
         lines.append(line[np.isfinite(line).all(1)])
-    points = np.concatenate([*lines, np.zeros((1, 2))])
+    points = np.concatenate([*lines, [[0, 0]]])
     low = points.min(0)
     span = np.maximum(points.max(0) - low, 1e-9)
     for share in np.linspace(0, 1, 5):
@@ -1114,8 +1114,8 @@ def objects(seed, size=112):
     solids = furnished_room(rng, count, 1.2, 1, ["plain"])
     kind = rng.integers(len(KINDS))
     turn = any_turn(rng)
-    scale = rng.uniform(0.9, 1.2)
-    hue = kind / len(KINDS) + rng.uniform(-0.1, 0.1)
+    scale = rng.uniform(1.0, 1.3)
+    hue = kind / len(KINDS) + rng.uniform(-0.06, 0.06)
     for name, pattern, shape, *numbers in SOLIDS_OF_KINDS:
         if name == KINDS[kind]:
             center, half = scale * np.array(numbers, float).reshape(2, 3)
@@ -1130,10 +1130,8 @@ PARTS = [
     "background",
     "head",
     "torso",
-    "upper arm",
-    "forearm",
-    "thigh",
-    "shin",
+    "arm",
+    "leg",
 ]
 
 
@@ -1183,10 +1181,10 @@ def body(rng, x):
         knee = hip + bone(frame, 0.25, swing, spread[0])
         ankle = knee + bone(frame, 0.26, swing - bend, spread[1])
         limbs += [
-            limb("upper arm", shoulder, elbow, 0.05 * tall),
-            limb("forearm", elbow, wrist, 0.045 * tall),
-            limb("thigh", hip, knee, 0.08 * tall),
-            limb("shin", knee, ankle, 0.06 * tall),
+            limb("arm", shoulder, elbow, 0.05 * tall),
+            limb("arm", elbow, wrist, 0.045 * tall),
+            limb("leg", hip, knee, 0.08 * tall),
+            limb("leg", knee, ankle, 0.06 * tall),
         ]
     return limbs
 
@@ -1196,16 +1194,17 @@ def dress(rng, limbs):
     skin = rng.uniform((0.03, 0.3, 0.4), (0.1, 0.6, 1))
     shirt = any_color(rng)
     trousers = any_color(rng)
-    colors = [None, skin, shirt, shirt, skin, trousers, trousers]  # in the order of PARTS
-    for solid in limbs:
-        solid.paint(colors[solid.label], "plain", 1)
+    colors = [shirt, skin]
+    colors += 2 * [shirt, skin, trousers, trousers]
+    for solid, color in zip(limbs, colors):
+        solid.paint(color, "plain", 1)
 
 
 def people(seed, size=112):
     """One or two people in a room. The parts of their bodies are the labels."""
     rng = np.random.default_rng((2, seed))
     count = rng.integers(3)
-    solids = furnished_room(rng, count, 1.2, 1, list(PATTERNS))
+    solids = furnished_room(rng, count, 1.2, 1, ["plain"])
     places = [0]
     if rng.random() < 0.3:
         places = [-0.45, 0.45]
