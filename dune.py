@@ -122,8 +122,7 @@ class TeacherNorm(nn.Module):
         return mean, std.clamp(min=1e-3)
 
     def forward(self, features):
-        """Features standardized by the running averages, fp32. Evaluation only: training uses
-        update_norms()."""
+        """Features standardized by the running averages, fp32. Evaluation only, see update_norms()."""
         out = {"cls": None, "patch": None}
         for token_type in self.normalizers:
             mean, std = self.statistics(token_type)

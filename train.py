@@ -230,8 +230,7 @@ def micro_batches(count, number):
 
 
 def select(index, features, begin, end):
-    """For images begin..end of a batch: {teacher: which of them it supervises}, {teacher: its features of
-    these}."""
+    """For images begin..end of a batch: {teacher: which of them it supervises}, {teacher: its features}."""
     part_index = {}
     targets = {}
     for name, supervised in index.items():
@@ -284,8 +283,7 @@ def update(params, optimizer, scale, clip):
 
 
 def lr_at(step, steps, max_lr, min_lr, warmup):
-    """Learning rate of a step: linear from 0 to max_lr over the first warmup * steps steps, then a cosine to
-    min_lr."""
+    """Learning rate: linear from 0 to max_lr over the first warmup * steps steps, then a cosine to min_lr."""
     warmup_steps = int(warmup * steps)
     if step < warmup_steps:
         return max_lr * step / max(1, warmup_steps - 1)
@@ -301,8 +299,7 @@ def momentum_at(step, steps):
 # ---- Building teachers and student -------------------------------------------------------------------------
 
 def build_teachers(args, device):
-    """{name: FrozenTeacher} on the device. The first process of each machine downloads or trains; the others
-    wait."""
+    """{name: FrozenTeacher} on the device. The first process of a machine downloads or trains, others wait."""
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     first = local_rank() == 0
     if not first:
@@ -371,8 +368,7 @@ def build_optimizer(args, params, checkpoint):
 
 
 def compile_and_wrap(args, student, teachers, world, device):
-    """The student as train_step calls it: compiled if asked for, behind DistributedDataParallel if world >
-    1."""
+    """The student as train_step calls it: compiled if asked for, and in DistributedDataParallel."""
     if args.compile == "yes" or args.compile == "auto" and device.type == "cuda":
         torch._dynamo.config.recompile_limit = 64   # a graph for each teacher, projector and number of images
         student.encoder.tokens = torch.compile(student.encoder.tokens, dynamic=False)
@@ -452,8 +448,7 @@ def finish(args, log, student, teachers, held_out):
 # ---- The log -----------------------------------------------------------------------------------------------
 
 class Log:
-    """log.jsonl, bad_images.txt and the progress bar. Metrics are summed on the device until a line is
-    due."""
+    """log.jsonl, bad_images.txt and the progress bar. Metrics are accumulated on the device between lines."""
 
     def __init__(self, args, rank, start):
         self.args = args
@@ -466,8 +461,7 @@ class Log:
         self.bar = tqdm(initial=start * args.batch, total=args.steps * args.batch, unit=" images",
                         unit_scale=True, disable=rank > 0, dynamic_ncols=True)
         if rank == 0 and start == 0:
-            with data.atomic_write(f"{args.out}/log.jsonl"):  # also tells now if the folder cannot be written
-                pass
+            open(f"{args.out}/log.jsonl", "w").close()
 
     def add(self, batch, metrics):
         for key, pair in metrics.items():
@@ -477,8 +471,7 @@ class Log:
         self.bar.update(self.args.batch)
 
     def write(self, step, optimizer):
-        """A line of the log: means over all processes since the last line. Ten skipped steps in a row end the
-        run."""
+        """A line of the log: means over all processes since the last line. Ten skipped steps in a row end the run."""
         sums = all_sum(torch.stack(list(self.sums.values()))).tolist()
         now = time.perf_counter()
         line = {
@@ -504,8 +497,7 @@ class Log:
         self.last_time = now
 
     def evaluate(self, step, student, held_out):
-        """On the first process, a line with the loss of every teacher on held-out images. It waits for the
-        device."""
+        """Log the loss of every teacher on held-out images (first process). Syncs with the device."""
         if self.rank == 0:
             losses = {name: terms["loss"] for name, terms in held_out.losses(student).items()}
             self.append({"step": step, "held_out": losses})
@@ -560,8 +552,9 @@ def plot_logs(folders):
 # ---- Checkpoints -------------------------------------------------------------------------------------------
 
 def read_checkpoint(args):
-    """The checkpoint of the run in --out, None if there is none. UserError if it is of a run with another
-    recipe."""
+    """The checkpoint of the run in --out, None if there is none. UserError if its recipe is another one."""
+    if not args.bench:
+        data.check_writable(args.out)
     if args.resume == "no" or args.bench or not os.path.exists(args.checkpoint):
         return None
     checkpoint = dune.load_checkpoint(args.checkpoint)
@@ -641,8 +634,7 @@ class StopSignal:
         self.received = 1
 
     def requested(self, step):
-        """True on all processes at the same step if one of them has got a signal. They ask each other every
-        ten steps."""
+        """True on all processes at the same step if one has got a signal. They ask each other every ten steps."""
         return step % 10 == 0 and all_sum(torch.tensor(self.received)).item() > 0
 
 
@@ -709,8 +701,7 @@ def parse_number(number_type, lowest, highest, text):
 
 
 def parse_args(argv=None):
-    """The options, with the preset's defaults. What depends on the machine is settled later, by
-    resolve_args."""
+    """The options, with the preset's defaults. resolve_args() settles what depends on the machine."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.partition("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_options(parser, {**RECIPE, **RUN_OPTIONS})
@@ -753,8 +744,7 @@ def resolve_args(args, world, device, group_mask):
 
 
 def pick_device(name, index=0):
-    """--device auto, cpu or cuda (GPU `index` of this machine) as a torch.device. UserError if it is not
-    there."""
+    """--device auto, cpu or cuda (GPU `index` of this machine) as a torch.device. UserError if missing."""
     if name == "cpu" or name == "auto" and not torch.cuda.is_available():
         return torch.device("cpu")
     if index >= torch.cuda.device_count():
@@ -763,8 +753,7 @@ def pick_device(name, index=0):
 
 
 def run_main(main):
-    """Run a script's main(). A user's error is one line and exit code 2, Ctrl-C is 130; all else is our
-    defect."""
+    """Run a script's main(). A user's error is one line and exit code 2; a defect of ours a traceback."""
     try:
         main()
     except KeyboardInterrupt:
