@@ -299,7 +299,7 @@ def momentum_at(step, steps):
 # ---- Building teachers and student -------------------------------------------------------------------------
 
 def build_teachers(args, device):
-    """{name: FrozenTeacher} on the device. The first process of a machine downloads or trains, others wait."""
+    """{name: FrozenTeacher} on the device. The first process of a machine downloads, others wait."""
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     first = local_rank() == 0
     if not first:
@@ -471,7 +471,7 @@ class Log:
         self.bar.update(self.args.batch)
 
     def write(self, step, optimizer):
-        """A line of the log: means over all processes since the last line. Ten skipped steps in a row end the run."""
+        """A line of the log: means over all processes since the last one. Ten skipped steps in a row raise."""
         sums = all_sum(torch.stack(list(self.sums.values()))).tolist()
         now = time.perf_counter()
         line = {
@@ -634,7 +634,7 @@ class StopSignal:
         self.received = 1
 
     def requested(self, step):
-        """True on all processes at the same step if one has got a signal. They ask each other every ten steps."""
+        """True on all processes at the same step if one has got a signal. Asked every ten steps."""
         return step % 10 == 0 and all_sum(torch.tensor(self.received)).item() > 0
 
 
