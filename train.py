@@ -439,8 +439,8 @@ def finish(args, log, student, teachers, held_out):
         print(f"{'teacher':12}{'at the start':>14}{'at the end':>12}")
         for name in teachers:
             print(f"{name:12}{evaluations[0][name]:14.4f}{evaluations[-1][name]:12.4f}")
-        torch.compiler.set_stance("force_eager")
-        picture = data.pca_sheet(student, teachers, held_out.images[:6], f"{args.out}/pca.png")
+        with torch.compiler.set_stance("force_eager"):
+            picture = data.pca_sheet(student, teachers, held_out.images[:6], f"{args.out}/pca.png")
         print(f"\nwrote {args.checkpoint}, {args.out}/log.jsonl, {plot_logs([args.out])}, {picture}")
     leave()
 
@@ -471,7 +471,7 @@ class Log:
         self.bar.update(self.args.batch)
 
     def write(self, step, optimizer):
-        """A line of the log: means over all processes since the last one. Ten skipped steps in a row raise."""
+        """A line of the log: means over all processes since the last one. Ten skipped steps raise."""
         sums = all_sum(torch.stack(list(self.sums.values()))).tolist()
         now = time.perf_counter()
         line = {
