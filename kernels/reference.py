@@ -1,94 +1,136 @@
-"""What the kernels compute, in plain PyTorch: the definition, and the path for the CPU and for systems without Triton.
+"""What the kernels compute, in plain PyTorch: the definition, and the path for CPUs and without Triton.
 
-`definition` is the loss as one writes it down, `gradient` its derivative (the formula is in `distill.py`). The public
-functions work through the tokens in blocks that fit the processor's cache: temporary memory is a few blocks.
+`definition` is the loss as one writes it down. `distill_loss` and `channel_moments` work block by block. A
+block fits in the processor's cache: this is several times faster, and temporary memory is a few blocks.
 """
 
 import torch
 import torch.nn.functional as F
 
-BLOCK = 1 << 18        # features in a block: 1 MiB in fp32, and a handful of such temporaries
-GPU_BLOCK = 1 << 24    # on a GPU without Triton, which has to be kept busy
-
-
-def _standardised(student, teacher, mean, std, eps):
-    dtype = _dtype(student, teacher, mean, std)
-    return student.to(dtype), (teacher.to(dtype) - mean) / std.clamp(min=eps)
+BLOCK = 1 << 18       # features in a block: 1 MiB in fp32
+GPU_BLOCK = 1 << 24   # on a GPU without Triton, which needs larger blocks to be busy
 
 
 def definition(student, teacher, mean, std, beta=1.0, eps=1e-3):
-    """cos and smooth-L1 loss of every token, in fp32 (fp64 if any argument is)."""
-    s, t = _standardised(student, teacher, mean, std, eps)
-    return 1 - F.cosine_similarity(s, t, dim=-1, eps=1e-8), F.smooth_l1_loss(s, t, beta=beta, reduction="none").mean(-1)
-
-
-def gradient(g_cos, g_smooth, student, teacher, mean, std, beta, eps):
-    """Derivative of sum(g_cos * cos + g_smooth * smooth) by student; 0 where both are 0, whatever the token holds."""
-    s, t = _standardised(student, teacher, mean, std, eps)
-    s_norm = torch.linalg.vector_norm(s, dim=-1)
-    s_floor, t_floor = s_norm.clamp(min=1e-8), torch.linalg.vector_norm(t, dim=-1).clamp(min=1e-8)
-    a = g_cos / (s_floor * t_floor)
-    b = torch.where(s_norm == 0, 0, a * torch.linalg.vecdot(s, t) / (s_floor * s_norm))
-    d = s - t
-    slope = d.sign_() if beta == 0 else d.div_(beta).clamp_(-1, 1)
-    ds = slope.mul_(g_smooth[..., None] / s.shape[-1]).addcmul_(b[..., None], s).addcmul_(a[..., None], t, value=-1)
-    return ds.masked_fill_(((g_cos == 0) & (g_smooth == 0))[..., None], 0)
+    """(cos, smooth_l1) of every token, in fp32 (fp64 if an argument is)."""
+    s, t = _standardize(student, teacher, mean, std, eps)
+    cos = 1 - F.cosine_similarity(s, t, dim=-1, eps=1e-8)
+    smooth = F.smooth_l1_loss(s, t, beta=beta, reduction="none").mean(-1)
+    return cos, smooth
 
 
 def distill_loss(student, teacher, mean, std, beta=1.0, eps=1e-3):
     """See `kernels.distill_loss`. Under torch.compile it is `definition`, for the compiler to fuse."""
     if torch.compiler.is_compiling():
         return definition(student, teacher, mean, std, beta, eps)
-    cos, smooth = _Loss.apply(*fold(student, teacher), mean, std, beta, eps)
+    cos, smooth = DistillLoss.apply(*fold(student, teacher), mean, std, beta, eps)
     return cos.view(student.shape[:-1]), smooth.view(student.shape[:-1])
 
 
 def channel_moments(x):
     """See `kernels.channel_moments`."""
     x, = fold(x)
-    dtype = _dtype(x)
-    count, mean, m2 = 0, x.new_zeros(x.shape[-1], dtype=dtype), x.new_zeros(x.shape[-1], dtype=dtype)
+    count = 0
+    mean = torch.zeros(x.shape[-1], dtype=_dtype(x), device=x.device)
+    m2 = torch.zeros_like(mean)
     for block in _blocks(x):
-        part = x[block].to(dtype).flatten(0, 1)
-        n, shift = part.shape[0], part[0]
-        d = part - shift                               # from a row of the block: a large mean loses no digits
-        total = d.sum(0)
-        part_mean, part_m2 = shift + total / n, (d.square_().sum(0) - total * total / n).clamp_(min=0)
-        gap = part_mean - mean
-        m2 += part_m2 + gap * gap * (count * n / (count + n))
-        mean += gap * (n / (count + n))
+        tokens = x[block].to(mean.dtype).flatten(0, 1)
+        n = tokens.shape[0]
+        shift = tokens[0]
+        deviation = tokens - shift   # from a token of the block: a large mean loses no digits
+        total = deviation.sum(0)
+        block_m2 = deviation.square_().sum(0) - total * total / n
+        delta = shift + total / n - mean
+        m2 += block_m2.clamp_(min=0) + delta * delta * (count * n / (count + n))
+        mean += delta * (n / (count + n))
         count += n
     return mean, m2
 
 
 def merge_moments(counts, means, m2s):
-    """Joins the moments of P sets (Chan et al. 1979): counts [P], means [P, D], m2s [P, D] -> count, mean [D], m2 [D].
+    """Moments of the union of P sets (Chan et al. 1979).
 
-    counts is a float tensor on the features' device, and nothing here waits for the device. A set with count 0 changes
-    nothing, whatever its mean and m2 hold; if every count is 0, so are the results. fp32 in, fp32 out.
+    counts [P], means [P, D], m2s [P, D], fp32 on one device -> count [], mean [D], m2 [D], fp32.
+    A set of count 0 is ignored, even if its mean or m2 is NaN. If all counts are 0, the results are 0.
+    The host does not wait for the device.
     """
     n = counts[:, None]
-    means, m2s = means.where(n > 0, 0), m2s.where(n > 0, 0)
+    means = means.where(n > 0, 0)
+    m2s = m2s.where(n > 0, 0)
     count = counts.sum()
     mean = (n * means).sum(0) / count.clamp(min=1)
-    mean = mean + (n * (means - mean)).sum(0) / count.clamp(min=1)   # takes back the rounding of the line above
-    return count, mean, (m2s + n * (means - mean).square()).sum(0)
+    mean = mean + (n * (means - mean)).sum(0) / count.clamp(min=1)   # corrects the rounding of the line above
+    m2 = (m2s + n * (means - mean).square()).sum(0)
+    return count, mean, m2
 
 
 def fold(*xs):
-    """[..., D] tensors of one leading shape as [A, N, D] views; only what does not fold into two is copied."""
-    lead = [n for n in xs[0].shape[:-1] if n != 1]
-    xs = [x.reshape(*lead, x.shape[-1]) for x in xs]
-    for k in range(len(lead) + 1):
-        if all(_joins(x, 0, k) and _joins(x, k, len(lead)) for x in xs):
-            break
-    A, N = torch.Size(lead[:k]).numel(), torch.Size(lead[k:]).numel()
-    return [x.reshape(A, N, x.shape[-1]) for x in xs]
+    """Features [..., D] of one shape -> list of [B, N, D], B = 1 if all are contiguous.
+
+    Views of up to three dimensions are not copied."""
+    shape = xs[0].shape[-2:]
+    if all(x.is_contiguous() for x in xs):
+        shape = 1, -1, shape[-1]
+    else:
+        shape = -1, *shape
+    return [x.reshape(shape) for x in xs]
 
 
-def _joins(x, i, j):
-    """Whether dimensions i to j-1 of x are one evenly spaced run."""
-    return all(x.stride(d) == x.shape[d + 1] * x.stride(d + 1) for d in range(i, j - 1))
+class DistillLoss(torch.autograd.Function):
+    """student, teacher [B, N, D] -> (cos, smooth_l1), each [B, N]."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, mean, std, beta, eps):
+        ctx.save_for_backward(student, teacher, mean, std)
+        ctx.beta, ctx.eps = beta, eps
+        cos = torch.empty(student.shape[:2], dtype=_dtype(student, teacher, mean, std), device=student.device)
+        smooth = torch.empty_like(cos)
+        for block in _blocks(student):
+            cos[block], smooth[block] = definition(student[block], teacher[block], mean, std, beta, eps)
+        return cos, smooth
+
+    @staticmethod
+    def backward(ctx, grad_cos, grad_smooth):
+        grad = _Gradient.apply(grad_cos, grad_smooth, *ctx.saved_tensors, ctx.beta, ctx.eps)
+        return grad, None, None, None, None, None
+
+
+class _Gradient(torch.autograd.Function):
+    """The backward pass. As a function of its own, it can refuse to be differentiated again."""
+
+    @staticmethod
+    def forward(ctx, grad_cos, grad_smooth, student, teacher, mean, std, beta, eps):
+        grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+        for block in _blocks(student):
+            grad[block] = _gradient(
+                grad_cos[block], grad_smooth[block], student[block], teacher[block], mean, std, beta, eps)
+        return grad
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("distill_loss cannot be differentiated twice")
+
+
+def _gradient(grad_cos, grad_smooth, student, teacher, mean, std, beta, eps):
+    """Derivative of sum(grad_cos * cos + grad_smooth * smooth) by student; the formula is in `distill.py`."""
+    s, t = _standardize(student, teacher, mean, std, eps)
+    s_norm = torch.linalg.vector_norm(s, dim=-1)
+    t_norm = torch.linalg.vector_norm(t, dim=-1)
+    a = grad_cos / (s_norm.clamp(min=1e-8) * t_norm.clamp(min=1e-8))
+    b = a * torch.linalg.vecdot(s, t) / (s_norm.clamp(min=1e-8) * s_norm)
+    b = torch.where(s_norm == 0, 0, b)
+    d = s - t
+    slope = d.sign_() if beta == 0 else d.div_(beta).clamp_(-1, 1)
+    grad = slope.mul_(grad_smooth[..., None] / s.shape[-1])
+    grad.addcmul_(b[..., None], s)
+    grad.addcmul_(a[..., None], t, value=-1)
+    dropped = (grad_cos == 0) & (grad_smooth == 0)
+    return grad.masked_fill_(dropped[..., None], 0)
+
+
+def _standardize(student, teacher, mean, std, eps):
+    dtype = _dtype(student, teacher, mean, std)
+    return student.to(dtype), (teacher.to(dtype) - mean) / std.clamp(min=eps)
 
 
 def _dtype(*xs):
@@ -96,39 +138,11 @@ def _dtype(*xs):
 
 
 def _blocks(x):
-    """Indices that cut [A, N, D] into blocks of about BLOCK features, or GPU_BLOCK."""
-    A, N, D = x.shape
-    rows = max(1, (GPU_BLOCK if x.is_cuda else BLOCK) // D)
-    for i in range(0, A, max(1, rows // N)):
-        for j in range(0, N, rows):
-            yield slice(i, i + max(1, rows // N)), slice(j, j + rows)
-
-
-def forward(student, teacher, mean, std, beta=1.0, eps=1e-3):
-    """student, teacher [A, N, D] -> cos, smooth [A, N]."""
-    cos = torch.empty(student.shape[:2], dtype=_dtype(student, teacher, mean, std), device=student.device)
-    smooth = torch.empty_like(cos)
-    for block in _blocks(student):
-        cos[block], smooth[block] = definition(student[block], teacher[block], mean, std, beta, eps)
-    return cos, smooth
-
-
-def backward(g_cos, g_smooth, student, teacher, mean, std, beta, eps):
-    """g_cos, g_smooth [A, N], the rest as forward -> gradient [A, N, D] in the student's dtype."""
-    grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    for block in _blocks(student):
-        grad[block] = gradient(g_cos[block], g_smooth[block], student[block], teacher[block], mean, std, beta, eps)
-    return grad
-
-
-class _Loss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, student, teacher, mean, std, beta, eps):
-        ctx.save_for_backward(student, teacher, mean, std)
-        ctx.beta, ctx.eps = beta, eps
-        return forward(student, teacher, mean, std, beta, eps)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g_cos, g_smooth):
-        return backward(g_cos, g_smooth, *ctx.saved_tensors, ctx.beta, ctx.eps), None, None, None, None, None
+    """Indices that cut [B, N, D] into blocks of about BLOCK features."""
+    B, N, D = x.shape
+    size = BLOCK if x.device.type == "cpu" else GPU_BLOCK
+    tokens = max(1, size // D)
+    images = max(1, tokens // N)
+    for i in range(0, B, images):
+        for j in range(0, N, tokens):
+            yield slice(i, i + images), slice(j, j + tokens)
