@@ -1,4 +1,4 @@
-"""What the README says can be changed in one place, as it stands there: it trains, is saved, loads, is evaluated."""
+"""What the README says can be changed in one place, as it stands there: it trains, loads and is evaluated."""
 
 import os
 import re
@@ -13,8 +13,8 @@ import teachers
 import train
 from conftest import ROOT
 
-SMALL = ("--image-size 56 --batch 6 --lr 1e-2 --layer-scale 0 --log-every 1 --workers 0 --steps 3 --device cpu "
-         "--dtype fp32 --compile no").split()
+SMALL = ("--image-size 56 --batch 6 --lr 1e-2 --layer-scale 0 --log-every 1 --workers 0 --steps 3 "
+         "--device cpu --dtype fp32 --compile no").split()
 TABLES = dune.PROJECTORS, dune.LOSS_WEIGHTS, dune.SIZES, teachers.TEACHERS, data.SOURCES
 
 
@@ -38,8 +38,8 @@ def train_and_load(golden, tmp_path):
     def go(*options, teacher="dinov2", content=golden("dinov2_reg")["checkpoint"]):
         run = str(tmp_path / "run")
         torch.save(content, tmp_path / "teacher.pth")
-        train.main([*SMALL, "--teachers", teacher, "--weights", f"{teacher}={tmp_path}/teacher.pth", "--out", run,
-                    *options])
+        weights = f"{teacher}={tmp_path}/teacher.pth"
+        train.main([*SMALL, "--teachers", teacher, "--weights", weights, "--out", run, *options])
         evaluation.main(["loss", "--run", run, "--device", "cpu"])
         return dune.load(f"{run}/checkpoint.pt"), train.read_log(run)
     return go
@@ -72,7 +72,8 @@ def test_a_teacher(change, train_and_load, golden, tmp_path, capsys):
     model, _ = train_and_load("--arch", "tiny", teacher="mine", content=content)
     assert list(model.projectors) == ["mine"]
     groups = data.parse_data([], {name: teachers.TEACHERS[name] for name in ("dinov2", "mine")})
-    assert [(g.sources[0].spec, g.generic) for g in groups] == [("scenes:objects", True), ("scenes:rooms", False)]
+    found = [(group.sources[0].spec, group.generic) for group in groups]
+    assert found == [("scenes:objects", True), ("scenes:rooms", False)]
     out = str(tmp_path / "random")
     train.main([*SMALL, "--arch", "tiny", "--teachers", "mine", "--random-teachers", "--out", out])
     assert "random teacher weights" in capsys.readouterr().out
