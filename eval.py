@@ -423,8 +423,8 @@ def study_picture(path, scenes, predictions, grid, count=2):
 
     scenes {domain: StudyScenes}; predictions {domain: its probe's of the test scenes}. Returns the path.
     """
-    captions = ["object", "truth", "student", "room", "depth", "student", "normals", "student",
-                "people", "truth", "student"]
+    captions = ["object", "truth", "student", "room", "depth:\ntruth", "depth:\nstudent",
+                "normals:\ntruth", "normals:\nstudent", "people", "truth", "student"]
     rows = []
     for i in range(count):
         row = []
@@ -957,18 +957,20 @@ def command_spectrum(args):
     models = load_models(args)
     images = sample_images(args, models, 8)
     extractors, _ = study_rows(models, args.seed)
-    curves = {}
+    panels = {}
     rows = {}
     for name, extractor in extractors.items():
         share = explained_variance(extractor(images)["patch"])
         components = list(range(1, len(share) + 1))
-        curves[name] = components, share.tolist()
+        title = "through projectors" if name.startswith("through") else "encoders"
+        panel = panels.setdefault(f"share of variance by components: {title}", {})
+        panel[name] = components, share.tolist()
         rows[name] = {"dimensions": str(len(share))}
         for percent in (50, 90, 99):
             needed = 1 + int((share < percent / 100).sum())
             rows[name][f"{percent} % of variance"] = str(needed)
-    picture = data.line_plot(output_path(args, ".png"), {"share of variance by components": curves})
-    write_results(args, rows, picture, image_size=models.image_size, curves=curves)
+    picture = data.line_plot(output_path(args, ".png"), panels)
+    write_results(args, rows, picture, image_size=models.image_size, curves=panels)
 
 
 def explained_variance(features):
