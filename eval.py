@@ -1171,8 +1171,6 @@ def estimate_focal(points, confidence, steps=10):
     y = torch.arange(height) + 0.5 - height / 2
     pixels = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)  # [H, W, 2]
     ahead = points[..., 2] > 1e-6
-    if not ahead.any():
-        raise UserError("no point lies in front of the camera: the decoder does not fit these images")
     pixels = pixels[ahead].double()
     rays = points[ahead][:, :2] / points[ahead][:, 2:]
     pixel_ray = (pixels * rays).sum(-1)
@@ -1182,6 +1180,8 @@ def estimate_focal(points, confidence, steps=10):
         focal = (weight * pixel_ray).sum() / (weight * ray_ray).sum()
         distance = (pixels - focal * rays).norm(dim=-1)
         weight = confidence[ahead] / distance.clamp(min=1e-6)
+    if not focal > 0:
+        raise UserError("no camera sees the points like this: does the decoder fit these photographs?")
     return focal.item()
 
 

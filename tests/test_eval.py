@@ -250,7 +250,7 @@ def test_focal_length_with_outliers():
     assert ev.estimate_focal(points, ones) == pytest.approx(87.5, rel=1e-6)
     points[:, ::4, :2] *= 1.5
     assert ev.estimate_focal(points, ones) == pytest.approx(87.5, rel=1e-3)
-    with pytest.raises(UserError, match="in front of the camera"):
+    with pytest.raises(UserError, match="no camera sees the points"):
         ev.estimate_focal(-points.abs(), ones)
 
 
