@@ -40,7 +40,7 @@ from teachers import TEACHERS, fast_bf16, list_teachers, load_teacher
 
 RECIPE = {  # options that affect the result; the defaults are the published first stage
     "teachers": ("dinov2,mast3r,multihmr", "comma-separated names, see --list-teachers"),
-    "arch": ("base", "size of the student", tuple(dune.SIZES)),
+    "arch": ("base", "size of the student", dune.SIZES),
     "patch_size": (14, "patch size of the student, pixels", (1, 64)),
     "image_size": (336, "side of the training images, pixels", (1, 4096)),
     "registers": (4, "register tokens of the student"),
