@@ -907,9 +907,8 @@ class Solid:
         """Express the solid in a camera's frame: matrix @ point + origin maps it to the unit box or ball."""
         self.position = rotation @ (self.center - eye)
         matrix = rotation @ self.rotation / self.half
-        self.matrix = matrix.T.astype(np.float32)
-        origin = -matrix.T @ self.position
-        self.origin = origin.astype(np.float32)
+        self.matrix = np.float32(matrix.T)
+        self.origin = -self.matrix @ np.float32(self.position)
 
     def window(self, ray):
         """Slices (rows, cols) of pixels whose rays may meet the solid. ray [S]: x / z of pixel centers."""
@@ -948,7 +947,7 @@ class Solid:
     def surface(self, points):
         """Unit normals [3, n] in the camera's frame, and texture coordinates in meters, of points [3, n]."""
         q = self.matrix @ points + self.origin[:, None]
-        half = self.half.astype(np.float32)
+        half = np.float32(self.half)
         texture = q * half[:, None]
         u, v = texture[:2]
         outward = q
@@ -998,15 +997,14 @@ def render(solids, eye, target, focal, lamp, size):
     points = points.reshape(3, -1)
     normals = np.zeros_like(points)
     image = np.zeros_like(points)
-    lamp_position = rotation @ (lamp - eye)
-    lamp_position = lamp_position.astype(np.float32)[:, None]
+    light = np.float32(rotation @ (lamp - eye))
     for i, solid in enumerate(solids):
         pixels = np.flatnonzero(nearest == i)
         visible = points[:, pixels]
         normal, u, v = solid.surface(visible)
         if solid is room:
             normal = -normal
-        beam = lamp_position - visible
+        beam = light[:, None] - visible
         facing = (normal * beam).sum(0)
         facing = facing / np.linalg.norm(beam, axis=0)
         share = solid.pattern(u / solid.period, v / solid.period)
