@@ -1228,14 +1228,7 @@ def labelled_scenes(domain, start, count, size=112):
     objects also "kind" int64 [n], an index in KINDS.
     """
     draw = functools.partial(SCENES[domain], size=size)
-    seeds = range(start, start + count)
-    if count >= 64 and CAN_FORK:
-        context = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(cores(), context, start_worker) as pool:
-            scenes = pool.map(draw, seeds, chunksize=16)
-            scenes = list(scenes)
-    else:
-        scenes = list(map(draw, seeds))
+    scenes = run_parallel(draw, range(start, start + count))
     batch = default_collate(scenes)
     images = batch["image"].permute(0, 3, 1, 2)
     return {**batch, "image": images.contiguous()}
