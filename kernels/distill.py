@@ -19,6 +19,8 @@ copies the tokens of the next two iterations to shared memory meanwhile (num_sta
 tokens at once: at D = 384, 768, 1024 and 1536 every lane has work, and reads 16 bytes at a time.
 """
 
+from math import gcd
+
 import torch
 import triton
 import triton.language as tl
@@ -47,19 +49,18 @@ def _forward_kernel(
         BETA: tl.constexpr,
         D: tl.constexpr,
         BLOCK_N: tl.constexpr,
-        BLOCK_D: tl.constexpr):
+        BLOCK_D: tl.constexpr,
+        ALIGN: tl.constexpr):
     """Program (i, j) takes blocks j, j + num_programs(1), ... of BLOCK_N tokens of image i."""
     image = tl.program_id(0).to(tl.int64)
-    student += image * s_batch
-    teacher += image * t_batch
     means, inverses = _load_statistics(mean, std, eps, D, BLOCK_N, BLOCK_D)
     first = tl.program_id(1) * BLOCK_N
     step = tl.num_programs(1) * BLOCK_N
     for start in tl.range(first, N, step, num_stages=3):
         token = start + tl.arange(0, BLOCK_N)
         mask = token < N
-        s_start = student + token.to(tl.int64) * s_token
-        t_start = teacher + token.to(tl.int64) * t_token
+        s_start = student + _offset(image, token, s_batch, s_token, ALIGN)
+        t_start = teacher + _offset(image, token, t_batch, t_token, ALIGN)
         dot = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         s_square = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         t_square = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -103,11 +104,10 @@ def _backward_kernel(
         BETA: tl.constexpr,
         D: tl.constexpr,
         BLOCK_N: tl.constexpr,
-        BLOCK_D: tl.constexpr):
+        BLOCK_D: tl.constexpr,
+        ALIGN: tl.constexpr):
     """Program (i, j) takes the same tokens as in `_forward_kernel`."""
     image = tl.program_id(0).to(tl.int64)
-    student += image * s_batch
-    teacher += image * t_batch
     means, inverses = _load_statistics(mean, std, eps, D, BLOCK_N, BLOCK_D)
     first = tl.program_id(1) * BLOCK_N
     step = tl.num_programs(1) * BLOCK_N
@@ -122,8 +122,8 @@ def _backward_kernel(
         a = dcos * tl.load(coefs + 2 * out, mask=mask, other=0.0)
         b = dcos * tl.load(coefs + 2 * out + 1, mask=mask, other=0.0)
         c = dsmooth * _smooth_weight(D, BETA)
-        s_start = student + token.to(tl.int64) * s_token
-        t_start = teacher + token.to(tl.int64) * t_token
+        s_start = student + _offset(image, token, s_batch, s_token, ALIGN)
+        t_start = teacher + _offset(image, token, t_batch, t_token, ALIGN)
         for k in tl.static_range(tl.cdiv(D, BLOCK_D)):
             s = _load(s_start, mask, k, D, BLOCK_D)
             t = (_load(t_start, mask, k, D, BLOCK_D) - means[k]) * inverses[k]
@@ -149,6 +149,12 @@ def _load_statistics(mean, std, eps, D: tl.constexpr, BLOCK_N: tl.constexpr, BLO
         means = means + (mu,)
         inverses = inverses + (tl.where(mask, inverse, 0.0),)
     return means, inverses
+
+
+@triton.jit
+def _offset(image, token, batch_stride, token_stride, ALIGN: tl.constexpr):
+    """Where tokens begin. ALIGN divides the strides, which allows loads of 16 bytes."""
+    return tl.multiple_of(image * batch_stride + token.to(tl.int64) * token_stride, ALIGN)
 
 
 @triton.jit
@@ -209,6 +215,7 @@ def launch(kernel, student, teacher, mean, std, outputs, beta, eps):
     warps = min(16, triton.next_power_of_2(triton.cdiv(D, channels)))
     programs = max(1, WARPS // warps) * multiprocessors
     programs_per_image = min(triton.cdiv(N, tokens), max(1, programs // B))
+    strides = *student.stride()[:2], *teacher.stride()[:2]
     with torch.cuda.device_of(student):
         kernel[(B, programs_per_image)](
             student,
@@ -217,15 +224,13 @@ def launch(kernel, student, teacher, mean, std, outputs, beta, eps):
             std,
             *outputs,
             N,
-            student.stride(0),
-            student.stride(1),
-            teacher.stride(0),
-            teacher.stride(1),
+            *strides,
             eps,
             BETA=beta,
             D=D,
             BLOCK_N=tokens,
             BLOCK_D=16 // size * lanes * warps // tokens,
+            ALIGN=gcd(16, *strides),
             num_warps=warps,
             enable_fp_fusion=True)
 
