@@ -439,8 +439,9 @@ def finish(args, log, student, teachers, held_out):
         print(f"{'teacher':12}{'at the start':>14}{'at the end':>12}")
         for name in teachers:
             print(f"{name:12}{evaluations[0][name]:14.4f}{evaluations[-1][name]:12.4f}")
+        images = held_out.images[::max(1, len(held_out.images) // 6)]  # of all groups
         with torch.compiler.set_stance("force_eager"):
-            picture = data.pca_sheet(student, teachers, held_out.images[:6], f"{args.out}/pca.png")
+            picture = data.pca_sheet(student, teachers, images, f"{args.out}/pca.png")
         print(f"\nwrote {args.checkpoint}, {args.out}/log.jsonl, {plot_logs([args.out])}, {picture}")
     leave()
 
