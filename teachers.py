@@ -685,7 +685,7 @@ SPECIALISTS = {  # what ViT is built with
     "multihmr": dict(TINY, patch_size=14, registers=0),
 }
 SPECIALIST_VERSION = 1  # of scenes and training: the next number makes everybody train them again
-SPECIALIST_SCENES = 1800
+SPECIALIST_SCENES = 1500
 SPECIALIST_PASSES = {"dinov2": 3, "mast3r": 2, "multihmr": 2}
 SPECIALIST_BATCH = 16
 SPECIALIST_LR = 2e-3

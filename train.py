@@ -73,10 +73,10 @@ PRESETS = {
     "unic": dict(teachers="dino,deit3,ibot,dbotft", patch_size=16, image_size=224, registers=0,
                  layer_scale=0.0, drop_path=0.1, projector="lp", norm="unic", epochs=200.0, warmup=0.05,
                  crop=0.08, clip=0.0, eps=1e-8),
-    "tiny": dict(arch="tiny", image_size=112, batch=16, steps=1800, sharing="own", lr=32e-3, warmup=0.1,
+    "tiny": dict(arch="tiny", image_size=112, batch=24, steps=1200, sharing="own", lr=26e-3, warmup=0.1,
                  projector="sp", layer_scale=0.0, crop=1.0, color=0.0),
 }
-TINY_SCENES = ":1000000-1003000"  # seeds of the tiny preset's scenes; its teachers have not seen them
+TINY_SCENES = ":1000000-1002500"  # seeds of the tiny preset's scenes; its teachers have not seen them
 RUN_OPTIONS = {  # options that do not affect the result, up to rounding: a resumed run may change them
     "preset": ("stage1", "a set of defaults, see PRESETS in this file", PRESETS),
     "data": ([], "TEACHER=SOURCE[,SOURCE]: folders, .tar, .txt lists; without any: procedural scenes"),
