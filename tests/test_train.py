@@ -1,381 +1,388 @@
-"""The loop: it learns, resumes to the last bit, several processes are one, no step waits, mistakes are one line."""
-import json
+"""The loop: it learns, resumes to the last bit, several processes are one, mistakes are one line."""
+
+import functools
 import math
 import multiprocessing
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
-import threading
 import time
+from argparse import Namespace
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import data
 import dune
-import teachers as zoo
+import teachers
 import train
 
 ROOT = os.path.dirname(os.path.abspath(dune.__file__))
+NAMES = ["dinov2", "mast3r", "multihmr"]
+SMALL = ("--arch tiny --image-size 56 --batch 12 --lr 1e-2 --layer-scale 0 --log-every 1 --eval-every 1000 "
+         "--workers 0 --device cpu --dtype fp32 --compile no ")
 
 
 @pytest.fixture(scope="session")
-def weights(tmp_path_factory):
-    """Three small teachers in the published layouts, as --weights arguments."""
-    folder, args = tmp_path_factory.mktemp("weights"), []
-    for name, fixture in (("dinov2", "dinov2_reg"), ("mast3r", "mast3r"), ("multihmr", "multihmr")):
-        file = dune.read_checkpoint(os.path.join(ROOT, "tests", "golden", f"{fixture}.pt"))
-        torch.save(file["checkpoint"], folder / f"{name}.pth")
-        args += ["--weights", f"{name}={folder / name}.pth"]
-    return args
+def argv(tmp_path_factory, golden):
+    """argv(out, options): arguments of a small run: a few images, three teachers in their published layouts."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "images").mkdir()
+    for seed in range(8):
+        Image.fromarray(data.SCENES["objects"](seed, 64)["image"]).save(folder / f"images/{seed}.png")
+    words = SMALL
+    for name, fixture in zip(NAMES, ("dinov2_reg", "mast3r", "multihmr")):
+        torch.save(golden(fixture)["checkpoint"], folder / name)
+        images = f"{name}={folder}/images"
+        words += f"--weights {name}={folder}/{name} --data {images} --val {images} "
+    return lambda out, options="": f"{words}--out {out} {options}".split()
 
 
-SMALL = ("--arch tiny --image-size 56 --batch 12 --lr 1e-2 --layer-scale 0 --log-every 1 --workers 0 "
-         "--device cpu --dtype fp32 --compile no").split()
-
-
-def log_of(folder):
-    with open(folder / "log.jsonl") as file:
-        return [json.loads(line) for line in file]
+def log_lines(folder):
+    return [line for line in train.read_log(folder) if "held_out" not in line]
 
 
 def losses(folder):
-    return [[line["loss"]] + [line[t]["loss"] for t in ("dinov2", "mast3r", "multihmr")] for line in log_of(folder)]
+    return [[line["loss"]] + [line[name]["loss"] for name in NAMES] for line in log_lines(folder)]
 
 
-def torchrun(processes, *args, restarts=0, script="train.py"):
-    options = [f"--nproc_per_node={processes}", f"--max-restarts={restarts}", "--rdzv_backend=c10d",
-               "--rdzv_endpoint=localhost:0"]
-    command = [sys.executable, "-m", "torch.distributed.run", *options, script, *map(str, args)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def load_model(folder):
+    return dune.load_checkpoint(f"{folder}/checkpoint.pt")["model"]
 
 
-def workers_of(run):
-    found = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True)
-    return [int(pid) for pid in found.stdout.split()]
+# ---- Several processes
+
+FORKS = multiprocessing.get_context("forkserver")  # torch is imported once, before the processes part
+FORKS.set_forkserver_preload(["train", "torch._dynamo"])
 
 
-def wait_for(run, ready):
-    while not ready():
-        assert run.poll() is None, run.communicate()[0][-3000:]
-        time.sleep(0.05)
+def run_process(rank, world, port, output, main, argv):
+    """One process of a run, in the environment that torchrun gives it."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+                      MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    with open(output, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    train.run_main(functools.partial(main, argv))
 
 
-def test_a_run_learns_and_leaves_what_it_says(weights, tmp_path, capsys):
-    options = "--steps 40 --warmup 0.1 --log-every 5 --keep 2 --save-every 15".split()
-    train.main([*SMALL, *weights, *options, "--out", str(tmp_path)])
+def start(world, output, argv, main=train.main):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(world):
+        processes.append(FORKS.Process(target=run_process, args=(rank, world, port, output, main, argv)))
+        processes[-1].start()
+    return processes
+
+
+def end(processes, output):
+    """(exit codes, what all processes printed)."""
+    for process in processes:
+        process.join(300)
+    return [process.exitcode for process in processes], output.read_text()
+
+
+def wait_for(condition):
+    deadline = time.time() + 300
+    while not condition():
+        assert time.time() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("world, options, own_options", [
+    (1, "--sharing own+generic", "--accumulate 4"),
+    (2, "--sharing own", "--accumulate 2"),
+    (4, "", ""),
+])
+def test_several_processes_and_micro_batches_are_one(world, options, own_options, argv, tmp_path):
+    options += " --steps 10"
+    train.main(argv(tmp_path / "one", options))
+    processes = start(world, tmp_path / "output", argv(tmp_path / "several", f"{options} {own_options}"))
+    codes, text = end(processes, tmp_path / "output")
+    assert codes == [0] * world, text
+    one, several = torch.tensor([losses(tmp_path / name) for name in ("one", "several")])
+    torch.testing.assert_close(several, one, rtol=1e-4, atol=0)
+
+
+def test_sigterm_ends_all_processes_with_a_checkpoint_and_exit_code_0(argv, tmp_path):
+    processes = start(2, tmp_path / "output", argv(tmp_path, "--steps 100000"))
+    wait_for(lambda: log_lines(tmp_path))
+    os.kill(processes[1].pid, signal.SIGTERM)  # one is told, both stop
+    codes, text = end(processes, tmp_path / "output")
+    assert codes == [0, 0] and "the same command continues" in text, text
+    assert dune.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == len(log_lines(tmp_path))
+
+
+def test_a_mistake_of_several_processes_is_told_once(argv, tmp_path):
+    for number, (options, message) in enumerate({"--batch 13": "--batch 13 must be divisible by 2 processes",
+                                                 "--weights dinov2=/no.pth": "no such file: /no.pth"}.items()):
+        output = tmp_path / str(number)
+        codes, text = end(start(2, output, argv(tmp_path, options)), output)
+        assert codes == [2, 2] and text.count(message) == 1 and "Traceback" not in text, text
+
+
+def test_a_killed_worker_starts_again_and_the_run_is_the_undisturbed_one(argv, tmp_path):
+    options = "--steps 14 --save-every 5"
+    undisturbed = start(2, tmp_path / "output", argv(tmp_path / "whole", options))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1",
+                "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "train.py"]
+    with subprocess.Popen([*torchrun, *argv(tmp_path / "killed", options)], cwd=ROOT) as run:
+        wait_for(lambda: len(log_lines(tmp_path / "killed")) >= 7)
+        workers = subprocess.check_output(["pgrep", "-P", str(run.pid)], text=True).split()
+        os.kill(int(workers[1]), signal.SIGKILL)
+    assert end(undisturbed, tmp_path / "output")[0] == [0, 0] and run.returncode == 0
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+class Sent(TorchDispatchMode):
+    """Counts the numbers that this process gives to collectives."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            given = [args[1]] if "allgather" in function.name() else args[0]
+            self.count += sum(x.numel() for x in given)
+        return function(*args, **(kwargs or {}))
+
+
+def count_what_is_sent(argv):
+    """A run of four steps, of which the last one is counted; DDP agrees on its buckets in the second one."""
+    step = train.train_step
+
+    def counted(args, number, *rest):
+        with Sent() as sent:
+            metrics = step(args, number, *rest)
+        if number == 3:
+            print(f"sent {sent.count} numbers")
+        return metrics
+
+    train.train_step = counted
+    train.main(argv)
+
+
+def test_a_step_sends_the_statistics_one_number_and_the_gradients(argv, tmp_path):
+    arguments = argv(tmp_path, "--steps 4")
+    codes, text = end(start(2, tmp_path / "output", arguments, count_what_is_sent), tmp_path / "output")
+    model = dune.load(tmp_path / "checkpoint.pt")
+    gradients = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    stats = [module for module in model.modules() if isinstance(module, dune.RunningStats)]
+    statistics = sum(2 * len(x.mean) + 1 for x in stats)
+    assert codes == [0, 0] and text.count(f"sent {statistics + 1 + gradients} numbers") == 2, text
+
+
+# ---- One process
+
+def test_a_run_learns_and_leaves_its_files(argv, tmp_path, capsys):
+    train.main(argv(tmp_path, "--steps 40 --warmup 0.1 --log-every 5 --eval-every 10 --beta2 0.98"))
     text = capsys.readouterr().out
-    assert "procedural scenes" in text
-    for name in ("checkpoint.pt", "log.jsonl", "pca.png"):
-        assert str(tmp_path / name) in text and (tmp_path / name).stat().st_size > 1000
+    for name in ("checkpoint.pt", "log.jsonl", "plot.png", "pca.png"):
+        assert f"{tmp_path}/{name}" in text and (tmp_path / name).stat().st_size > 1000
     for line in text.splitlines():
-        if line.startswith(("dinov2 ", "mast3r ", "multihmr ")):
-            _, before, after = line.split()
-            assert float(after) < 0.97 * float(before), line
-    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-00000030.pt", "checkpoint-00000040.pt"]
-    last = log_of(tmp_path)[-1]
-    assert last["step"] == 40 and last["images"] == 480 and last["skipped"] == 0 and last["bad_images"] == 0
-    assert set(last["dinov2"]) == {"cls_cos", "cls_sl1", "patch_cos", "patch_sl1", "share", "loss"}
-    assert sum(last[t]["share"] for t in ("dinov2", "mast3r", "multihmr")) == pytest.approx(1)
-    assert {"lr", "momentum", "grad_norm", "images_per_s", "data_wait", "memory_gb"} <= set(last)
-    assert isinstance(dune.load(tmp_path / "checkpoint.pt"), dune.DUNE)
+        if line.startswith(tuple(NAMES)):
+            _, first, last = line.split()
+            assert float(last) < 0.97 * float(first), line
+    held_out = [line for line in train.read_log(tmp_path) if "held_out" in line]
+    assert [line["step"] for line in held_out] == [0, 10, 20, 30, 40]
+    last = log_lines(tmp_path)[-1]
+    assert last["step"] == 40 and {"lr", "images_per_s", "grad_norm", "skipped"} < set(last)
+    assert {"cls_cos", "cls_smooth_l1", "patch_cos", "patch_smooth_l1", "loss"} < set(last["dinov2"])
+    recipe = dune.load(tmp_path / "checkpoint.pt").recipe
+    assert set(recipe) == set(train.RECIPE) and recipe["beta2"] == 0.98
+    (tmp_path / "plot.png").unlink()
     train.main(["--plot", str(tmp_path)])
     assert (tmp_path / "plot.png").exists()
 
 
-def test_a_run_stopped_twice_is_the_undisturbed_run_to_the_last_bit(weights, tmp_path, monkeypatch):
-    args = [*SMALL, *weights, "--steps", "6", "--drop-path", "0.2", "--sharing", "own+generic"]
-    train.main([*args, "--out", str(tmp_path / "whole")])
-    asked = train.Processes.stop_asked
-    for stop_at in (2, 4):  # as a signal would
-        count = iter(range(100))
-        monkeypatch.setattr(train.Processes, "stop_asked", lambda self: next(count) == 1)
-        train.main([*args, "--out", str(tmp_path / "parts")])
-        assert log_of(tmp_path / "parts")[-1]["step"] == stop_at
-    monkeypatch.setattr(train.Processes, "stop_asked", asked)
-    train.main([*args, "--out", str(tmp_path / "parts")])
+def test_a_run_stopped_twice_is_the_undisturbed_run_to_the_last_bit(argv, tmp_path, monkeypatch):
+    options = "--steps 6 --drop-path 0.2 --sharing own+generic"
+    train.main(argv(tmp_path / "whole", options))
+    for stop in (2, 4, 6):
+        monkeypatch.setattr(train.StopSignal, "requested", lambda self, step: step == stop)
+        train.main(argv(tmp_path / "parts", options))
+        assert log_lines(tmp_path / "parts")[-1]["step"] == stop
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    a, b = (dune.read_checkpoint(tmp_path / name / "checkpoint.pt")["model"] for name in ("whole", "parts"))
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    whole, parts = load_model(tmp_path / "whole"), load_model(tmp_path / "parts")
+    assert all(parts[key].equal(x) for key, x in whole.items())
 
 
-@pytest.mark.parametrize("options", [[], ["--sharing", "own", "--accumulate", "3"]])
-def test_several_processes_and_parts_are_one(options, weights, tmp_path):
-    """The same global batch gives the same losses on 1, 2 and 4 processes, and with --accumulate."""
-    common = [*SMALL, *weights, "--steps", "20"]
-    train.main([*common, *options[:2], "--out", str(tmp_path / "1")])
-    runs = {n: torchrun(n, *common, *options, "--out", tmp_path / str(n)) for n in (2, 4)}
-    for n, run in runs.items():
-        text, _ = run.communicate(timeout=300)
-        assert run.returncode == 0, text[-3000:]
-        several, one = (torch.tensor(losses(tmp_path / name)) for name in (str(n), "1"))
-        torch.testing.assert_close(several, one, rtol=1e-4, atol=0)
+def test_steps_that_are_not_finite_are_skipped_and_ten_end_the_run(argv, tmp_path, monkeypatch):
+    update_norms = dune.update_norms
+    poisoned = [False, True, False, False] + 2 * [False] + 10 * [True]  # steps of both runs
 
-
-def test_gradients_sent_in_bf16_leave_the_losses_alone(weights, tmp_path):
-    for n, options in enumerate(([], ["--compress"])):
-        run = torchrun(2, *SMALL, *weights, *options, "--steps", "30", "--out", tmp_path / str(n))
-        assert not run.wait(120), run.communicate()[0][-3000:]
-    plain, compressed = (torch.tensor(losses(tmp_path / n)) for n in "01")
-    assert not torch.equal(plain, compressed)
-    torch.testing.assert_close(compressed, plain, rtol=1e-2, atol=0)
-
-
-def test_sigterm_ends_all_processes_with_a_checkpoint_and_exit_code_0(weights, tmp_path):
-    run = torchrun(2, *SMALL, *weights, "--steps", "100000", "--out", tmp_path)
-    wait_for(run, lambda: (tmp_path / "log.jsonl").exists() and (tmp_path / "log.jsonl").read_text())
-    os.kill(workers_of(run)[0], signal.SIGUSR1)  # one is told, both stop
-    text, _ = run.communicate(timeout=60)
-    assert run.returncode == 0 and "the same command continues" in text, text[-3000:]
-    assert dune.read_checkpoint(tmp_path / "checkpoint.pt")["step"] == log_of(tmp_path)[-1]["step"]
-
-
-def test_processes_meet_in_a_store_that_remembers_dead_ones(monkeypatch):
-    """Each start of two processes meets by itself, whoever comes first, whatever earlier starts have left."""
-    store = torch.distributed.HashStore()
-    monkeypatch.setattr(train.dist, "rendezvous", lambda url: iter([(store, None, 2)]))
-    for start, late in enumerate((0, 1, 1, 0)):
-        met = {}
-
-        def meet(rank):
-            time.sleep(0.2 * (rank == late))
-            met[rank] = train.fresh_store(rank)
-        threads = [threading.Thread(target=meet, args=(rank,), daemon=True) for rank in (0, 1)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(10)
-        assert set(met) == {0, 1}, f"start {start}: only {list(met)} came through"
-        assert not met[0].check(["address"])  # what the last start wrote
-        met[0].set("address", str(start))
-        assert met[1].get("address") == str(start).encode()
-
-
-def test_killed_workers_are_started_again_and_the_run_is_the_undisturbed_one(weights, tmp_path):
-    common = [*SMALL, *weights, "--steps", "24", "--save-every", "5"]
-    whole = torchrun(2, *common, "--out", tmp_path / "whole")
-    assert not whole.wait(120), whole.communicate()[0][-3000:]
-    run = torchrun(2, *common, "--out", tmp_path / "killed", restarts=3)
-    log = tmp_path / "killed" / "log.jsonl"
-    wait_for(run, lambda: log.exists() and log.read_text().count("\n") >= 8)
-    first = workers_of(run)
-    os.kill(first[1], signal.SIGKILL)                                            # in the middle of a step
-    wait_for(run, lambda: len(set(workers_of(run)) - set(first)) == 2)
-    second = set(workers_of(run)) - set(first)
-    os.kill(max(second), signal.SIGKILL)                                         # before it has begun
-    wait_for(run, lambda: len(set(workers_of(run)) - set(first) - second) == 2)
-    time.sleep(3)
-    os.kill(min(set(workers_of(run)) - set(first) - second), signal.SIGKILL)     # while they meet, or a little later
-    text, _ = run.communicate(timeout=120)
-    assert run.returncode == 0, text[-3000:]
-    assert [line["step"] for line in log_of(tmp_path / "killed")] == list(range(1, 25))
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-
-
-COUNT = """
-import sys
-import torch.distributed as dist
-sys.path.insert(0, sys.argv[1])
-import train
-names = "all_reduce", "all_gather_into_tensor", "broadcast", "all_gather", "reduce_scatter_tensor"
-sent, inner = 0, {name: getattr(dist, name) for name in names}
-def counting(name):
-    def collective(*args, **options):
-        global sent
-        sent += args[-1 if name == "all_gather_into_tensor" else 0].numel()
-        return inner[name](*args, **options)
-    return collective
-for name in inner:
-    setattr(dist, name, counting(name))
-train.main(sys.argv[3:])
-if train.os.environ["RANK"] == "0":
-    open(sys.argv[2], "w").write(str(sent))
-"""
-
-
-def test_a_step_sends_the_statistics_and_two_numbers_besides_the_gradients(weights, tmp_path):
-    (tmp_path / "count.py").write_text(COUNT)
-    for steps in (2, 6):
-        options = "--log-every", 100, "--steps", steps, "--out", tmp_path / str(steps)
-        run = torchrun(2, ROOT, tmp_path / f"sent-{steps}", *SMALL, *weights, *options, script=tmp_path / "count.py")
-        assert not run.wait(120), run.communicate()[0][-3000:]
-    model = dune.load(tmp_path / "6" / "checkpoint.pt")
-    statistics = sum(2 * len(part.mean) + 1 for part in model.modules() if isinstance(part, dune.Stats))
-    sent = [int((tmp_path / f"sent-{steps}").read_text()) for steps in (2, 6)]
-    assert (sent[1] - sent[0]) / 4 == statistics + 2  # how many losses count, and whether somebody was told to stop
-
-
-class Waits(TorchDispatchMode):
-    """Counts what would make the host wait for a device: reading a value, and what needs values to know its shape."""
-    operators = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function.overloadpacket.__name__ in self.operators
-        return function(*args, **(kwargs or {}))
-
-
-def test_no_step_waits_for_the_device_but_the_log_step(weights, tmp_path):
-    """Six more steps read no value and ask for no shape that depends on values."""
-    counts = {}
-    for steps in (3, 9):
-        options = "--workers", "1", "--log-every", "1000", "--steps", str(steps), "--out", str(tmp_path / str(steps))
-        with Waits() as waits:
-            train.main([*SMALL, *weights, *options])
-        counts[steps] = waits.count
-    assert counts[9] == counts[3] > 0
-
-
-def test_a_step_that_is_not_finite_is_skipped_and_ten_stop_the_run(weights, tmp_path, monkeypatch):
-    original, poisoned = train.dune.update_norms, {2}
-
-    def poison(norms, features, momentum):  # after the teachers, before anything is made of what they say
-        poison.calls += 1
-        if poison.calls in poisoned:
+    def poison(norms, features, momentum):
+        if poisoned.pop(0):
             features["dinov2"]["cls"] *= math.nan
-        return original(norms, features, momentum)
-    poison.calls = 0
-    monkeypatch.setattr(train.dune, "update_norms", poison)
-    train.main([*SMALL, *weights, "--steps", "4", "--out", str(tmp_path / "a")])
-    assert [line["skipped"] for line in log_of(tmp_path / "a")] == [0, 1, 1, 1]
-    assert all(x.isfinite().all() for x in dune.read_checkpoint(tmp_path / "a" / "checkpoint.pt")["model"].values())
-    poison.calls, poisoned = 0, set(range(3, 100))
-    with pytest.raises(dune.Oops, match="not finite for 10 steps until step 12 .dinov2, cls tokens"):
-        train.main([*SMALL, *weights, "--steps", "50", "--out", str(tmp_path / "b")])
+        return update_norms(norms, features, momentum)
+
+    monkeypatch.setattr(dune, "update_norms", poison)
+    train.main(argv(tmp_path / "a", "--steps 4"))
+    assert [line["skipped"] for line in log_lines(tmp_path / "a")] == [0, 1, 0, 0]
+    assert all(x.isfinite().all() for x in load_model(tmp_path / "a").values())
+    with pytest.raises(dune.UserError, match="not finite for ten steps until step 12 .losses: dinov2 nan"):
+        train.main(argv(tmp_path / "b", "--steps 50"))
 
 
-def test_a_full_disk_is_told_and_the_older_checkpoint_stays(tmp_path, monkeypatch):
-    path = str(tmp_path / "checkpoint.pt")
-    train.save(path, {"step": 1})
+# ---- Checkpoints
+
+def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(argv, tmp_path, monkeypatch, capsys):
+    save = train.save_checkpoint
 
     def full(*args):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(dune.Oops, match="No space left"):
-        train.save(path, {"step": 2})
-    assert dune.read_checkpoint(path) == {"step": 1} and os.listdir(tmp_path) == ["checkpoint.pt"]
+
+    def save_once(*args):
+        save(*args)
+        monkeypatch.setattr(os, "fsync", full)
+
+    monkeypatch.setattr(train, "save_checkpoint", save_once)
+    with pytest.raises(SystemExit) as leaving:
+        train.run_main(lambda: train.main(argv(tmp_path, "--steps 4 --save-every 2")))
+    text = capsys.readouterr().err
+    assert leaving.value.code == 2 and len(re.findall("error: .*No space left", text)) == 1, text
+    assert dune.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 2
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint.pt", "log.jsonl"]
 
 
-def save_for_ever(path, written):
-    for step in range(1, 10**6):
-        train.save(path, {"step": step, "model": torch.full((30_000,), step)}, keep=2)
+def save_until_killed(path, written):
+    recipe = dict.fromkeys(train.RECIPE)
+    args = Namespace(**recipe, checkpoint=path)
+    args.weights = {}
+    model = torch.nn.Linear(1, 30_000)
+    for step in range(10**6):
+        model.weight.data.fill_(step)
+        train.save_checkpoint(args, 0, step, model, torch.optim.SGD(model.parameters()))
         written.value = step
 
 
-def test_killed_while_saving_there_is_always_one_that_loads(tmp_path):
-    path, fork = tmp_path / "checkpoint.pt", multiprocessing.get_context("fork")
-    for attempt in range(50):
-        written = fork.RawValue("q", 0)  # without a lock: it would die with who holds it
-        process = fork.Process(target=save_for_ever, args=(str(path), written))
+def test_killed_while_saving_there_is_always_a_whole_checkpoint(tmp_path):
+    path = str(tmp_path / "checkpoint.pt")
+    for attempt in range(20):
+        written = FORKS.Value("q", -1, lock=False)
+        process = FORKS.Process(target=save_until_killed, args=(path, written))
         process.start()
-        while not written.value:
-            time.sleep(0.001)
-        time.sleep(0.0007 * attempt)
+        wait_for(lambda: written.value >= 0)
+        time.sleep(0.0017 * attempt)
         process.kill()
         process.join()
-        for found in tmp_path.glob("checkpoint*.pt"):
-            file = dune.read_checkpoint(found)
-            assert file["model"].eq(file["step"]).all()
-        assert dune.read_checkpoint(path)["step"] >= written.value
+        content = dune.load_checkpoint(path)
+        assert content["step"] >= written.value and content["model"]["weight"].eq(content["step"]).all()
 
 
-@pytest.mark.parametrize("args, message", [
-    ("--teachers dinov2,dinov9", "unknown or repeated teacher"),
-    ("--image-size 100", "no multiple of the patch size"),
-    ("--arch huge", "--arch: 'huge': choose one of tiny"),
-    ("--drop 1.5", "--drop: 1.5 is not between 0 and 1"),
-    ("--nonsense", "unrecognized arguments"),
-    ("--steps many", "invalid int value"),
-    ("--teachers dinov2 --data dinov2=/nowhere", "/nowhere"),
-    ("--data dinov2=/tmp", "no images for mast3r"),
-    ("--data mast3r=/tmp --teachers dinov2", "mast3r"),
-    ("--weights dinov2=/nowhere.pth", "no such file: /nowhere.pth"),
-    ("--weights /file.pth", "write TEACHER=FILE"),
-    ("--preset stage2", "--init"),
-    ("--preset tiny --teachers dino", "no specialist for dino"),
-    ("--init /nowhere.pt --preset tiny --random-teachers --steps 1", "no such file: /nowhere.pt"),
-    ("--out /proc/nowhere", "cannot write /proc/nowhere"),
-    ("--accumulate 1000", "--accumulate 1000"),
-    ("--plot /nowhere", "log.jsonl"),
-])
-def test_mistakes_are_one_line(args, message, tmp_path):
-    arguments = args.split()
-    if "--out" not in arguments and "--plot" not in arguments:
-        arguments += ["--out", str(tmp_path)]
-    with pytest.raises(dune.Oops, match=message.replace(".", r"\.")) as error:
-        train.main([*arguments, "--device", "cpu"])
-    assert "\n" not in str(error.value)
-    assert not [name for name in os.listdir(tmp_path) if name != "log.jsonl"]
-
-
-def test_a_mistake_ends_a_script_with_code_2_and_no_traceback():
-    done = subprocess.run([sys.executable, "train.py", "--teachers", "x"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: unknown") and done.stderr.count("\n") == 1
-
-
-def test_a_mistake_of_several_processes_is_told_once_and_ends_them_all(weights, tmp_path):
-    for wrong, message in ((["--batch", 13], "--batch 13 does not divide"),
-                           (["--weights", "dinov2=/nowhere.pth"], "no such file: /nowhere.pth")):
-        run = torchrun(2, *SMALL, *weights, "--out", tmp_path, *wrong)
-        text, _ = run.communicate(timeout=60)
-        assert run.returncode and text.count("error: ") == text.count(message) == 1, text[-3000:]
-
-
-def test_a_run_with_other_settings_is_not_continued(weights, tmp_path):
-    train.main([*SMALL, *weights, "--steps", "1", "--out", str(tmp_path)])
+def test_a_run_with_another_recipe_is_not_continued(argv, tmp_path):
+    train.main(argv(tmp_path, "--steps 1"))
     before = (tmp_path / "checkpoint.pt").read_bytes()
-    with pytest.raises(dune.Oops, match="holds a run with --projector tp, not sp"):
-        train.main([*SMALL, *weights, "--steps", "1", "--out", str(tmp_path), "--projector", "sp"])
+    with pytest.raises(dune.UserError, match="was trained with --projector tp, not sp: use another --out"):
+        train.main(argv(tmp_path, "--steps 1 --projector sp"))
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
-def test_stage_two_starts_from_stage_one_at_another_size(weights, tmp_path):
-    train.main([*SMALL, *weights, "--steps", "2", "--out", str(tmp_path / "1")])
-    options = "--steps", "2", "--lr", "1e-9", "--image-size", "84", "--init", str(tmp_path / "1" / "checkpoint.pt")
-    train.main([*SMALL, *weights, *options, "--out", str(tmp_path / "2")])
-    one, two = (dune.load(tmp_path / n / "checkpoint.pt") for n in "12")
+def test_stage_two_starts_from_stage_one_at_another_size(argv, tmp_path):
+    with pytest.raises(dune.UserError, match="no such file: /nowhere.pt"):
+        train.main(argv(tmp_path, "--init /nowhere.pt"))
+    train.main(argv(tmp_path / "1", "--steps 2"))
+    options = f"--preset stage2 --steps 1 --lr 1e-12 --image-size 84 --init {tmp_path}/1/checkpoint.pt"
+    train.main(argv(tmp_path / "2", options))
+    one, two = (dune.load(tmp_path / stage / "checkpoint.pt") for stage in "12")
     assert two.encoder.grid == 6 and one.encoder.grid == 4
-    image = torch.randn(1, 3, 84, 84)
     one.encoder.position = "size"  # as stage 2 resizes the positions, once
-    torch.testing.assert_close(one.encoder(image)["patch"], two.encoder(image)["patch"], rtol=1e-3, atol=1e-3)
+    images = torch.randn(1, 3, 84, 84)
+    for name in NAMES:
+        torch.testing.assert_close(one(images)[name], two(images)[name], rtol=1e-3, atol=1e-3)
 
 
-def test_unics_preset_and_mixed_teachers(weights, tmp_path):
-    """UNIC's four teachers and ladder, and any teacher beside any other, whatever their patch sizes."""
-    args, golden = [], os.path.join(ROOT, "tests", "golden")
+def test_the_preset_of_unic_and_mixed_patch_sizes(argv, tmp_path, golden):
+    weights = ""
     for name in ("dino", "deit3", "dbotft", "ibot"):
-        path = os.path.join(golden, f"unic_{'dino' if name == 'ibot' else name}.pt")
-        content = dune.read_checkpoint(path)["checkpoint"]
-        torch.save({"state_dict": content} if name == "ibot" else content, tmp_path / f"{name}.pth")
-        args += ["--weights", f"{name}={tmp_path / name}.pth"]
-    small = "--arch tiny --image-size 64 --batch 8 --workers 0 --device cpu --steps 3 --log-every 1 --lr 1e-2".split()
-    train.main(["--preset", "unic", *small, *args, "--out", str(tmp_path / "unic")])
+        content = golden("unic_dino" if name == "ibot" else f"unic_{name}")["checkpoint"]
+        torch.save({"state_dict": content} if name == "ibot" else content, tmp_path / name)
+        weights += f"--weights {name}={tmp_path / name} "
+    small = "--arch tiny --image-size 64 --batch 8 --workers 0 --device cpu --steps 2 --lr 1e-2"
+    train.main(f"--preset unic {small} {weights} --out {tmp_path / 'unic'}".split())
     model = dune.load(tmp_path / "unic" / "checkpoint.pt")
-    assert list(model.projectors) == ["dino", "deit3", "ibot", "dbotft"] and model.teacher_norms["dino"].style == "unic"
-    assert isinstance(model.projectors["dino"], dune.LadderProjector) and model.encoder.register_tokens is None
-    mixed = [*weights[:4], "--weights", f"deit3={tmp_path}/deit3.pth", "--teachers", "dinov2,deit3,mast3r"]
-    train.main([*SMALL, *mixed, "--steps", "2", "--out", str(tmp_path / "mixed")])
-    last = log_of(tmp_path / "mixed")[-1]
-    assert all(math.isfinite(last[t]["loss"]) for t in ("dinov2", "deit3", "mast3r"))
+    assert list(model.projectors) == ["dino", "deit3", "ibot", "dbotft"]
+    assert isinstance(model.projectors["dino"], dune.LadderProjector)
+    assert model.teacher_norms["dino"].style == "unic" and model.encoder.register_tokens is None
+    mixed = f"--steps 1 --teachers deit3,dinov2,mast3r,multihmr --weights deit3={tmp_path}/deit3"
+    train.main(argv(tmp_path / "mixed", f"{mixed} --data scenes:rooms:0-9 --val scenes:rooms"))
+    assert all(math.isfinite(line["deit3"]["loss"]) for line in log_lines(tmp_path / "mixed"))
 
 
 @pytest.mark.parametrize("registers", [0, 2])
-def test_a_student_starts_as_a_published_encoder(registers, weights, tmp_path, monkeypatch):
+def test_a_student_starts_as_a_teachers_encoder(registers, argv, tmp_path, monkeypatch):
     """At another image size, and with registers of its own if the encoder has none."""
-    published = zoo.load_teacher("multihmr", weights[-1].split("=")[1]).vit
-    shape = dict(embed_dim=published.embed_dim, depth=len(published.blocks), num_heads=published.embed_dim // 64)
-    monkeypatch.setitem(dune.SIZES, "published", shape)
-    options = ["--arch", "published", "--layer-scale", "1", "--registers", str(registers), "--lr", "1e-12"]
-    train.main([*SMALL, *weights, *options, "--init", "multihmr", "--steps", "1", "--out", str(tmp_path)])
+    arguments = argv(tmp_path, f"--arch multihmr --layer-scale 1 --registers {registers} --lr 1e-12 --steps 1")
+    file = next(word for word in arguments if word.startswith("multihmr=")).partition("=")[2]
+    source = teachers.load_teacher("multihmr", file).vit
+    shape = dict(embed_dim=source.embed_dim, depth=len(source.blocks), num_heads=source.num_heads)
+    monkeypatch.setitem(dune.SIZES, "multihmr", shape)
+    train.main([*arguments, "--init", "multihmr"])
     student = dune.load(tmp_path / "checkpoint.pt").encoder
-    assert student.grid == 4 != published.grid and student.registers == registers
-    image = torch.randn(1, 3, 56, 56)
-    published.position = "size"  # the student's positions were resized so
-    gap = (student(image)["patch"] - published(image)["patch"]).norm() / published(image)["patch"].norm()
-    assert (gap < 1e-4) == (registers == 0) and gap < 0.5
-    with pytest.raises(dune.Oops, match="wrong shape for tensor|lacks tensor|unknown tensor"):
-        train.main([*SMALL, *weights, "--init", "mast3r", "--steps", "1", "--out", str(tmp_path / "other")])
+    assert student.grid == 4 != source.grid and student.registers == registers
+    source.position = "size"
+    images = torch.randn(1, 3, 56, 56)
+    expected = source(images)["patch"]
+    error = (student(images)["patch"] - expected).norm() / expected.norm()
+    assert error < (0.5 if registers else 1e-4)
+    with pytest.raises(dune.UserError, match="mast3r: "):
+        train.main([*argv(tmp_path / "other", "--steps 1"), "--init", "mast3r"])
+
+
+# ---- Other commands, mistakes
+
+def test_bench_counts_what_runs(argv, tmp_path, monkeypatch, capsys):
+    """Under --sharing own a teacher runs on a third of the images."""
+    counters = []
+
+    def counter(**options):
+        counters.append(FlopCounterMode(**options))
+        return counters[-1]
+
+    FlopCounterMode = train.FlopCounterMode
+    monkeypatch.setattr(train, "FlopCounterMode", counter)
+    for sharing in ("all", "own"):
+        train.main(argv(tmp_path / "out", f"--bench 1 --sharing {sharing}"))
+        assert "images/s" in (text := capsys.readouterr().out) and "(MFU)" in text
+    flops = [x.get_total_flops() for x in counters]
+    assert 0.3 < flops[1] / flops[0] < 0.9 and not (tmp_path / "out").exists()
+
+
+def test_lists_and_samples(argv, tmp_path, capsys):
+    train.main(["--list-teachers"])
+    text = capsys.readouterr().out
+    assert all(name in text for name in teachers.TEACHERS)
+    train.main(argv(tmp_path / "out", f"--show-data {tmp_path}/samples.png"))
+    assert os.listdir(tmp_path) == ["samples.png"]
+
+
+@pytest.mark.parametrize("options, message", [
+    ("--teachers dinov2,dinov9", "unknown or repeated teacher 'dinov9'"),
+    ("--image-size 100", "is not divisible by the patch size"),
+    ("--arch huge", "argument --arch: invalid choice: 'huge'"),
+    ("--drop 1.5", "argument --drop: '1.5' is not float from 0 to 1"),
+    ("--nonsense", "unrecognized arguments: --nonsense"),
+    ("--steps many", "argument --steps: 'many' is not int"),
+    ("--teachers dinov2 --data dinov2=/nowhere", "/nowhere"),
+    ("--data dinov2=scenes:rooms", "no --data for teacher mast3r"),
+    ("--data mast3r=. --teachers dinov2", "--data names mast3r"),
+    ("--weights dinov2=/nowhere.pth", "no such file: /nowhere.pth"),
+    ("--weights /file.pth", "write TEACHER=FILE"),
+    ("--preset stage2", "--preset stage2 requires --init"),
+    ("--preset tiny --teachers dino", "no tiny teacher for dino"),
+    ("--out /proc/nowhere", "/proc/nowhere"),
+    ("--accumulate 1000", "use a larger --batch or a smaller --accumulate"),
+    ("--plot /nowhere", "no log.jsonl of a run in /nowhere"),
+])
+def test_mistakes_are_one_line(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as leaving:
+        train.run_main(lambda: train.main([*options.split(), "--device", "cpu"]))
+    error = capsys.readouterr().err
+    assert leaving.value.code == 2 and message in error and error.count("\n") == 1, error
+    assert not list(tmp_path.rglob("*.pt"))
