@@ -1,7 +1,7 @@
 """The GPU path on a machine without a GPU. Run by test_gpu.py in a process of its own.
 
-A GpuTensor says that it is on "cuda" and keeps its numbers on the CPU. Here every operation is looked at: two
-devices in one operation are an error, as on a GPU, and so is what makes the host wait for the device in a step.
+A GpuTensor says that it is on "cuda" and keeps its numbers on the CPU. Here every operation is looked at:
+two devices in one operation are an error, as on a GPU, and so is what makes the host wait in a step.
 """
 
 import pytest
@@ -24,7 +24,8 @@ class GpuTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, numbers):
         x = torch.Tensor._make_wrapper_subclass(
-            cls, numbers.shape, numbers.stride(), numbers.storage_offset(), dtype=numbers.dtype, device="cuda:0")
+            cls, numbers.shape, numbers.stride(), numbers.storage_offset(),
+            dtype=numbers.dtype, device="cuda:0")
         x.numbers = numbers
         return x
 
@@ -45,7 +46,8 @@ def numbers_of(tree):
 class FakeGpu(TorchDispatchMode):
     """in_step: nothing may wait for the device."""
     in_step = False
-    needs_values = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique2", "repeat_interleave"}
+    needs_values = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique2",
+                    "repeat_interleave"}
 
     def step(self, function):
         """The function as part of a step."""

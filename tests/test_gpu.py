@@ -1,4 +1,4 @@
-"""The GPU path on a machine without a GPU: builds fake_cuda.cpp and runs fake_gpu.py, in a process of its own."""
+"""The GPU path on a machine without a GPU: builds fake_cuda.cpp and runs fake_gpu.py in its own process."""
 
 import os
 import shutil
@@ -23,7 +23,8 @@ def test_the_gpu_path_on_a_fake_gpu(tmp_path):
         pytest.skip("needs a C++ compiler and a torch that knows no real GPU")
     root = os.path.dirname(torch.__file__)
     library = tmp_path / "fake_cuda.so"
-    options = f"-std=c++20 -shared -fPIC -I{root}/include -L{root}/lib -Wl,-rpath,{root}/lib -lc10 -ltorch_cpu"
+    options = f"-std=c++20 -shared -fPIC -I{root}/include -L{root}/lib -Wl,-rpath,{root}/lib"
+    options += " -lc10 -ltorch_cpu"
     subprocess.run([compiler, f"{HERE}/fake_cuda.cpp", *options.split(), "-o", library], check=True)
     command = [sys.executable, "-c", RUN, library, "-q", "-p", "no:cacheprovider", f"{HERE}/fake_gpu.py"]
     done = subprocess.run(command, capture_output=True, text=True)

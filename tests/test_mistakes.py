@@ -40,7 +40,8 @@ def content():
     torch.manual_seed(0)
     encoder = dune.ViT(28, 14, 64, 1, 1, registers=1)
     model = dune.DUNE(encoder, {"dinov2": (64, True), "mast3r": (64, False)})
-    return {"model": model.state_dict(), "step": 3, "args": {"projector": "tp", "norm": "dune"}, "weights": {}}
+    recipe = {"projector": "tp", "norm": "dune"}
+    return {"model": model.state_dict(), "step": 3, "args": recipe, "weights": {}}
 
 
 def loads(path):
@@ -93,8 +94,8 @@ def test_damaged_bytes(form, content, tmp_path):
     assert refused > (140 if form == "zip" else 40)
 
 
-ODD = [None, True, -1, 10**9, float("nan"), "x", b"x", [], {}, {5: 5}, {"x": {}}, torch.zeros(0), torch.zeros(()),
-       torch.full((64,), torch.nan), torch.ones(64, dtype=torch.int64), torch.ones(64, dtype=torch.complex64),
+ODD = [None, True, -1, 10**9, float("nan"), "x", b"x", [], {}, {5: 5}, {"x": {}},
+       torch.zeros(0), torch.zeros(()), torch.full((64,), torch.nan), torch.ones(64, dtype=torch.int64), torch.ones(64, dtype=torch.complex64),
        torch.ones(1).expand(2**40), torch.eye(64).to_sparse(), torch.empty(64, device="meta"),
        torch.quantize_per_tensor(torch.ones(64), 0.1, 0, torch.quint8)]
 
@@ -133,15 +134,16 @@ def test_files_that_are_no_checkpoint(content, tmp_path):
     for raw in (b"", (2**60).to_bytes(8, "little") + b"{}", b"\2" + bytes(7) + b"[]"):
         path.write_bytes(raw)
         assert not loads(path)
-    for changes in ({"data_offsets": (4, 10**12)}, {"data_offsets": (4, 0)}, {"data_offsets": 5}, {"dtype": "F8"},
-                    {"shape": "x"}, {"shape": (2**40, 2**40)}, {"shape": (-1, 5)}):
+    for changes in ({"data_offsets": (4, 10**12)}, {"data_offsets": (4, 0)}, {"data_offsets": 5},
+                    {"dtype": "F8"}, {"shape": "x"}, {"shape": (2**40, 2**40)}, {"shape": (-1, 5)}):
         path.write_bytes(safetensors({"x": torch.ones(3)}, **changes))
         assert isinstance(one_line(lambda: dune.load_checkpoint(path)), str)
 
 
 # ---- Our own files
 
-TINY = "--teachers dinov2 --arch tiny --image-size 28 --batch 4 --workers 0 --device cpu --dtype fp32 --steps 8"
+TINY = ("--teachers dinov2 --arch tiny --image-size 28 --batch 4 --workers 0 --device cpu --dtype fp32 "
+        "--steps 8")
 
 
 @pytest.fixture(scope="module")
@@ -175,8 +177,8 @@ def test_damaged_logs(line, folder, tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    {"model": None}, {"model": {}}, {"step": -5}, {"step": "x"}, {"step": 10**9}, {"args": []}, {"args": None},
-    {"optimizer": None}, {"optimizer": {}}, {"optimizer": {"state": {}, "param_groups": [{"params": [0]}]}}])
+    {"model": None}, {"model": {}}, {"step": -5}, {"step": "x"}, {"step": 10**9}, {"args": []},
+    {"args": None}, {"optimizer": None}, {"optimizer": {}}, {"optimizer": {"state": {}, "param_groups": [{"params": [0]}]}}])
 def test_a_damaged_run_is_not_continued(change, folder, tmp_path):
     checkpoint = dune.load_checkpoint(folder / "run/checkpoint.pt")
     torch.save({**checkpoint, **change}, tmp_path / "checkpoint.pt")

@@ -30,7 +30,7 @@ SMALL = ("--arch tiny --image-size 56 --batch 12 --lr 1e-2 --layer-scale 0 --log
 
 @pytest.fixture(scope="session")
 def argv(tmp_path_factory, golden):
-    """argv(out, options): arguments of a small run: a few images, three teachers in their published layouts."""
+    """argv(out, options): arguments of a small run: a few images, three teachers in published layouts."""
     folder = tmp_path_factory.mktemp("small")
     (folder / "images").mkdir()
     for seed in range(8):
@@ -63,8 +63,8 @@ FORKS.set_forkserver_preload(["train", "torch._dynamo"])
 
 def run_process(rank, world, port, output, main, argv):
     """One process of a run, in the environment that torchrun gives it."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
-                      MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                      LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="localhost", MASTER_PORT=str(port))
     with open(output, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -121,9 +121,10 @@ def test_sigterm_ends_all_processes_with_a_checkpoint_and_exit_code_0(argv, tmp_
 
 
 def test_a_mistake_of_several_processes_is_told_once(argv, tmp_path):
-    for number, (options, message) in enumerate({"--batch 13": "--batch 13 must be divisible by 2 processes",
-                                                 "--weights dinov2=/no.pth": "no such file: /no.pth"}.items()):
-        output = tmp_path / str(number)
+    mistakes = {"--batch 13": "--batch 13 must be divisible by 2 processes",
+                "--weights dinov2=/no.pth": "no such file: /no.pth"}
+    for options, message in mistakes.items():
+        output = tmp_path / options[2:5]
         codes, text = end(start(2, output, argv(tmp_path, options)), output)
         assert codes == [2, 2] and text.count(message) == 1 and "Traceback" not in text, text
 
@@ -317,7 +318,8 @@ def test_the_preset_of_unic_and_mixed_patch_sizes(argv, tmp_path, golden):
 @pytest.mark.parametrize("registers", [0, 2])
 def test_a_student_starts_as_a_teachers_encoder(registers, argv, tmp_path, monkeypatch):
     """At another image size, and with registers of its own if the encoder has none."""
-    arguments = argv(tmp_path, f"--arch multihmr --layer-scale 1 --registers {registers} --lr 1e-12 --steps 1")
+    options = f"--arch multihmr --layer-scale 1 --registers {registers} --lr 1e-12 --steps 1"
+    arguments = argv(tmp_path, options)
     file = next(word for word in arguments if word.startswith("multihmr=")).partition("=")[2]
     source = teachers.load_teacher("multihmr", file).vit
     shape = dict(embed_dim=source.embed_dim, depth=len(source.blocks), num_heads=source.num_heads)
