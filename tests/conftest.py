@@ -1,4 +1,4 @@
-"""Tests run from anywhere and leave the user's caches alone. golden/ holds what the published code computed."""
+"""Tests run from anywhere, leave the user's caches alone. golden/ holds what the published code computed."""
 
 import os
 import sys

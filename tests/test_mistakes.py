@@ -95,7 +95,8 @@ def test_damaged_bytes(form, content, tmp_path):
 
 
 ODD = [None, True, -1, 10**9, float("nan"), "x", b"x", [], {}, {5: 5}, {"x": {}},
-       torch.zeros(0), torch.zeros(()), torch.full((64,), torch.nan), torch.ones(64, dtype=torch.int64), torch.ones(64, dtype=torch.complex64),
+       torch.zeros(0), torch.zeros(()), torch.full((64,), torch.nan),
+       torch.ones(64, dtype=torch.int64), torch.ones(64, dtype=torch.complex64),
        torch.ones(1).expand(2**40), torch.eye(64).to_sparse(), torch.empty(64, device="meta"),
        torch.quantize_per_tensor(torch.ones(64), 0.1, 0, torch.quint8)]
 
@@ -178,7 +179,8 @@ def test_damaged_logs(line, folder, tmp_path):
 
 @pytest.mark.parametrize("change", [
     {"model": None}, {"model": {}}, {"step": -5}, {"step": "x"}, {"step": 10**9}, {"args": []},
-    {"args": None}, {"optimizer": None}, {"optimizer": {}}, {"optimizer": {"state": {}, "param_groups": [{"params": [0]}]}}])
+    {"args": None}, {"optimizer": None}, {"optimizer": {}}, {"optimizer": {"state": {},
+    "param_groups": [{"params": [0]}]}}])
 def test_a_damaged_run_is_not_continued(change, folder, tmp_path):
     checkpoint = dune.load_checkpoint(folder / "run/checkpoint.pt")
     torch.save({**checkpoint, **change}, tmp_path / "checkpoint.pt")
