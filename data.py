@@ -84,6 +84,8 @@ class Files(Source):
         self.turn = turn
         if not os.path.exists(spec):
             raise UserError(f"{spec} does not exist (expected a folder, a .tar, a .txt list or scenes:NAME)")
+        if not os.path.isdir(spec) and not spec.endswith((".tar", ".txt")):
+            raise UserError(f"{spec} is not a folder, a .tar or a .txt list")
         self.index = open_index(os.path.realpath(spec))
         self.count = len(self.index["offsets"]) - 1
 

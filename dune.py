@@ -504,7 +504,7 @@ class ViT(nn.Module):
         return torch.cat([cls, patches.to(cls.dtype)], 1)
 
 
-SIZES = {  # standard ViT sizes; tiny is this project's own, for a laptop
+SIZES = {  # standard ViT sizes, and tiny for a laptop; embed_dim is 64 * num_heads, or files do not load
     "tiny": dict(embed_dim=128, depth=2, num_heads=2),
     "small": dict(embed_dim=384, depth=12, num_heads=6),
     "base": dict(embed_dim=768, depth=12, num_heads=12),
@@ -639,7 +639,7 @@ def dune_from_state(encoder, state, content):
     """A DUNE without weights (on "meta") with the teachers and projectors of a checkpoint."""
     teachers = {}
     for key, value in state.items():
-        match = re.fullmatch(r"teacher_norms\.(\w+)\.normalizers\.patch\.mean", key)
+        match = re.fullmatch(r"teacher_norms\.([^.]+)\.normalizers\.patch\.mean", key)
         if match:
             teachers[match[1]] = len(value), key.replace(".patch.", ".cls.") in state
     is_unic = "teacher_ft_stats" in content
@@ -764,7 +764,7 @@ def download(url):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             print(f"downloading {url}", file=sys.stderr)
             torch.hub.download_url_to_file(url, path, progress=sys.stderr.isatty())
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise UserError(f"failed to download {url} ({error}); download it manually to {path}") from None
     return path
 

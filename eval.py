@@ -249,7 +249,7 @@ def command_loss(args):
     images = sample_images(args, models, 32 if models.image_size <= 128 else 8)
     images = images.to(models.device)
     losses = HeldOut(images, models.teachers, models.grid).losses(student, running=True)
-    print(f"losses on {len(images)} held-out images")
+    print(f"losses on {len(images)} images")
     write_results(args, losses, image_size=models.image_size)
 
 

@@ -312,7 +312,7 @@ def list_teachers():
     template = "{:23} {:8} {:13} {:21} {}".format
     print(template("teacher", "domain", "class token", "license", "file or address"))
     for name, row in TEACHERS.items():
-        path = dune.cached_path(row.url)
+        path = dune.cached_path(row.url) if row.url else ""
         place = path if os.path.isfile(path) else row.url
         cls = "yes" if row.distill_cls else "not distilled"
         if not row.pool and not row.shape.get("class_token", True):
@@ -433,6 +433,8 @@ def load_teacher(name, weights=None, device="cpu", dtype=torch.float32):
     if row.access_note and not weights:
         raise UserError(f"the weights of {name} are gated: request {row.access_note} at {row.url}, "
                         f"then pass --weights {name}=FILE")
+    if not row.url and not weights:
+        raise UserError(f"{name} has no url: pass --weights {name}=FILE")
     if weights == "tiny":
         weights = prepare_specialist(name)
     path = str(weights or dune.download(row.url))
