@@ -126,7 +126,9 @@ def main(argv=None):
     student = build_student(args, teachers, checkpoint).to(device)
     params = [p for p in student.parameters() if p.requires_grad]
     optimizer, start = build_optimizer(args, params, checkpoint)      # start: number of steps already done
-    held_out = HeldOut(held_out_images(args, held_out_groups).to(device), teachers, args.grid)
+    count = 32 if args.image_size <= 128 else 8                       # held-out images of each group
+    images = data.held_out_images(held_out_groups, args.image_size, count).to(device)
+    held_out = HeldOut(images, teachers, args.grid)
     model = compile_and_wrap(args, student, teachers, world, device)
     loader = data.batches(groups, args.image_size, args.batch, args.seed, rank, world, start, args.workers,
                           (args.crop, 1.0), args.color)
@@ -189,7 +191,7 @@ def train_step(args, step, batch, model, student, teachers, optimizer, params, g
         loss_sum, coefficient_sum = dune.weighted_sum(losses, coefficients)
         loss_sum.backward()
         coefficient_total = coefficient_total + coefficient_sum
-        add_metrics(metrics, losses, terms, coefficients, part_index, loss_sum, coefficient_sum)
+        add_metrics(metrics, losses, terms, part_index, loss_sum, coefficient_sum)
 
     # 4. One step of AdamW. DDP leaves grad(sum(c * l)) / world: times world / sum(c) it is grad of the loss.
     for group in optimizer.param_groups:
@@ -241,12 +243,12 @@ def select(index, features, begin, end):
     return part_index, targets
 
 
-def add_metrics(metrics, losses, terms, coefficients, index, loss_sum, coefficient_sum):
-    """Add [sum, count] of a micro-batch's losses, terms and coefficients to `metrics`, all on the device."""
+def add_metrics(metrics, losses, terms, index, loss_sum, coefficient_sum):
+    """Add [sum, count] of a micro-batch's losses and their terms to `metrics`, all on the device."""
     pairs = {("", "loss"): (loss_sum, coefficient_sum)}
     for t, name in enumerate(terms):
         rows = index[name]
-        values = {**terms[name], "loss": losses[rows, t], "kept": coefficients[rows, t]}
+        values = {**terms[name], "loss": losses[rows, t]}
         for term, value in values.items():
             pairs[name, term] = value.sum(), value.new_full((), len(value))
     for key, pair in pairs.items():
@@ -383,15 +385,10 @@ def print_config(args, rank, world, device):
     if rank == 0:
         note = "; random teacher weights: losses are meaningless" if args.random_teachers else ""
         print(f"{len(args.teachers)} teachers, {args.steps} steps of {args.batch} images at {args.image_size}"
-              f" px, {world} process(es) on {device.type}, {args.dtype}{note}", flush=True)
+              f" px, {world} process(es) on {device.type}, {args.dtype}{note}")
 
 
 # ---- Evaluation on held-out images, pictures ---------------------------------------------------------------
-
-def held_out_images(args, groups):
-    """uint8 [n, 3, S, S]: 32 images of each group, or 8 if they are large."""
-    return data.held_out_images(groups, args.image_size, 32 if args.image_size <= 128 else 8)
-
 
 class HeldOut:
     """Images that no run trains on, uint8 [n, 3, H, W], and their teachers' features, computed once."""
@@ -439,7 +436,7 @@ def finish(args, log, student, teachers, held_out):
         print(f"{'teacher':12}{'at the start':>14}{'at the end':>12}")
         for name in teachers:
             print(f"{name:12}{evaluations[0][name]:14.4f}{evaluations[-1][name]:12.4f}")
-        images = held_out.images[::max(1, len(held_out.images) // 6)]  # of all groups
+        images = held_out.images[::len(held_out.images) // 6 or 1]  # of all groups
         with torch.compiler.set_stance("force_eager"):
             picture = data.pca_sheet(student, teachers, images, f"{args.out}/pca.png")
         print(f"\nwrote {args.checkpoint}, {args.out}/log.jsonl, {plot_logs([args.out])}, {picture}")
@@ -460,7 +457,7 @@ class Log:
         self.last_step = start
         self.last_time = time.perf_counter()
         self.bar = tqdm(initial=start * args.batch, total=args.steps * args.batch, unit=" images",
-                        unit_scale=True, disable=rank > 0, dynamic_ncols=True)
+                        disable=rank > 0)
         if rank == 0 and start == 0:
             open(f"{args.out}/log.jsonl", "w").close()
 
@@ -587,21 +584,23 @@ def save_checkpoint(args, rank, step, student, optimizer):
 
 def init_distributed(device_name):
     """(rank, world size, device): from torchrun's environment, or of a single process."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(device_name, local_rank())
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(max(1, cores_per_process()))
-    if world == 1:
+        torch.set_num_threads(cores_per_process() or 1)
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return 0, 1, device
     # torch 2.13 has new names for what 2.11 knows by these alone.
     warnings.filterwarnings("ignore", r".*(broadcast_buffers|all_gather_into_tensor).*", FutureWarning)
-    # Two backends in one group: gloo for tensors on the hosts, so that these can meet without waiting for a
-    # device.
+    # Two backends in one group. gloo is for tensors on the hosts, which then need not wait for a device.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=1))  # others wait while the first downloads
-    return dist.get_rank(), world, device
+    # After a restart torchrun's store still holds keys of the previous attempt: prefix ours with its number.
+    store, rank, world = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    timeout = timedelta(hours=1)  # others wait while the first process downloads
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
+    return rank, world, device
 
 
 def local_rank():
