@@ -178,7 +178,7 @@ def test_bad_input_is_one_clear_line(tmp_path):
     wrong = {
         "nowhere": "does not exist",
         "empty": "holds no images",
-        "file.zip": "first path does not exist",
+        "file.zip": "is not a folder, a .tar or a .txt list",
         "fifo.tar": "holds no images",
         "inside.tar": "not a complete, uncompressed tar",
         "junk.tar": "not a complete, uncompressed tar",
