@@ -432,8 +432,8 @@ def finish(args, log, student, teachers, held_out):
     elif log.rank == 0:
         log.evaluate(args.steps, student, held_out)
         evaluations = [line["held_out"] for line in read_log(args.out) if "held_out" in line]
-        print(f"\nloss on {len(held_out.images)} held-out images")
-        print(f"{'teacher':12}{'at the start':>14}{'at the end':>12}")
+        print(f"\nloss on {len(held_out.images)} held-out images\n"
+              f"{'teacher':12}{'at the start':>14}{'at the end':>12}")
         for name in teachers:
             print(f"{name:12}{evaluations[0][name]:14.4f}{evaluations[-1][name]:12.4f}")
         images = held_out.images[::len(held_out.images) // 6 or 1]  # of all groups
@@ -657,9 +657,10 @@ def bench(args, loader, parts):
     metrics["", "loss"].tolist()
     seconds = (time.perf_counter() - begin) / args.bench
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    matrix = torch.randn(4096, 4096, device=device, dtype=dtype)
+    n = 1024 if device.type == "cpu" else 8192
+    matrix = torch.randn(n, n, device=device, dtype=dtype)
     timer = torch.utils.benchmark.Timer("matrix @ matrix", globals={"matrix": matrix})
-    rate = 2 * 4096**3 / timer.blocked_autorange(min_run_time=1).median
+    rate = 2 * n**3 / timer.blocked_autorange().median
     flops = counter.get_total_flops() / seconds
     if rank == 0:
         print(f"{args.batch / seconds:.1f} images/s, {1000 * seconds:.1f} ms a step, {world} process(es), "
@@ -682,7 +683,7 @@ def add_options(parser, table):
             parser.add_argument(flag, action="store_true", help=text)
         elif default == []:
             parser.add_argument(flag, action="append", default=[], help=text)
-        elif default is None or isinstance(default, str):
+        elif isinstance(default, str | None):
             parser.add_argument(flag, default=default, choices=limits[0] if limits else None, help=text)
         else:
             convert = functools.partial(parse_number, type(default), *(limits[0] if limits else (0, 1e9)))
@@ -695,8 +696,8 @@ def parse_number(number_type, lowest, highest, text):
     except ValueError:
         value = math.nan
     if not lowest <= value <= highest:
-        expected = f"{number_type.__name__} from {lowest:g} to {highest:g}"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not {number_type.__name__} from {lowest:g} to {highest:g}")
     return value
 
 
