@@ -518,7 +518,7 @@ def read_log(folder):
     if not os.path.exists(path):
         return []
     lines = {}
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, errors="replace") as file:
         for text in file:
             try:
                 line = json.loads(text)
@@ -619,6 +619,7 @@ def leave():
     """Processes end together: the first one keeps the store that the others need."""
     wait_for_all()
     if dist.is_initialized():
+        time.sleep(0.1)  # gloo's thread may need the GIL, while the destructor waits for it with the GIL held
         dist.destroy_process_group()
 
 
