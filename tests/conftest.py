@@ -1,6 +1,7 @@
 """Tests run from anywhere, leave the user's caches alone. golden/ holds what the published code computed."""
 
 import os
+import signal
 import sys
 import tempfile
 
@@ -12,6 +13,14 @@ os.environ.setdefault("DUNE_CACHE", tempfile.mkdtemp(prefix="dune-cache-"))
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import dune  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def sigterm():
+    """A run takes over SIGTERM. Left like that, forked processes would not end when they are told to."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(scope="session")
