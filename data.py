@@ -12,6 +12,8 @@ A source, as in --data [TEACHER=]SOURCE,SOURCE… is one of
     /d/list.txt             one path per line, absolute or relative to the list
     scenes:rooms:0-5000     procedural scenes with these seeds; scenes:rooms is unbounded
     …@turn:closeup          images with "closeup" in their path are turned by -90 degrees
+
+What exists as a path is that path, whatever its name holds.
 """
 
 import array
@@ -36,7 +38,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 import dune
@@ -44,9 +46,14 @@ from dune import UserError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+FORMATS = "JPEG PNG WEBP TIFF BMP GIF PPM".split()  # of Pillow; not those that start programs, as EPS does
+SUFFIXES = tuple(".jpg .jpeg .jpe .jfif .png .webp .tif .tiff .bmp .gif .ppm .pgm .pbm .pnm".split())
 SHARING = ("all", "own", "own+generic")
 TEST_SCENES = 10**9  # procedural scenes with seeds from here on are never trained on
+
+
+class ImageError(UserError):
+    """An image that cannot be read."""
 
 
 # ---- Sources -----------------------------------------------------------------------------------------------
@@ -54,9 +61,12 @@ TEST_SCENES = 10**9  # procedural scenes with seeds from here on are never train
 class Source:
     """Where images come from. A new kind defines `count`, `read` and an entry in SOURCES.
 
-    spec   as written in --data
-    count  number of images
+    spec      as written in --data
+    count     number of images
+    left_out  in words, what is there besides
     """
+
+    left_out = ""
 
     def __init__(self, spec):
         self.spec = spec
@@ -84,24 +94,19 @@ class Files(Source):
         self.turn = turn
         if not os.path.exists(spec):
             raise UserError(f"{spec} does not exist (expected a folder, a .tar, a .txt list or scenes:NAME)")
-        if not os.path.isdir(spec) and not spec.endswith((".tar", ".txt")):
-            raise UserError(f"{spec} is not a folder, a .tar or a .txt list")
+        if not os.path.isdir(spec) and kind(spec) not in (".tar", ".txt"):
+            raise UserError(f"{spec} is not a folder, an uncompressed .tar or a .txt list")
         self.index = open_index(os.path.realpath(spec))
         self.count = len(self.index["offsets"]) - 1
+        self.left_out = self.index.get("left_out", "; listed when only JPEG, PNG and WebP were read")
 
     def read(self, i, size=0):
         offsets = self.index["offsets"]
         raw = self.index["entries"][offsets[i]:offsets[i + 1]].numpy()
-        entry = os.fsdecode(raw.tobytes()).split("\0")  # [path], or [archive, name, offset, length]
+        entry = os.fsdecode(raw.tobytes()).split("\0", 3)
+        line = f"{self.spec}, line {entry.pop()}: " if len(entry) == 2 else ""
         path = os.path.join(*entry[:2])
-        offset, length = map(int, entry[2:] or (0, 2**30))
-        try:
-            with open_file(entry[0]) as file:
-                file.seek(offset)
-                content = file.read(length)
-            return decode(io.BytesIO(content), size, self.turn and self.turn in path)
-        except Exception as error:  # Pillow's decoders raise nearly everything
-            raise UserError(f"{printable(path)}: {printable(error).partition(' <')[0]}") from None
+        return load_image(entry[0], size, self.turn and self.turn in path, line + path, *entry[2:])
 
 
 class Scenes(Source):
@@ -141,13 +146,22 @@ class Scenes(Source):
 SOURCES = {"scenes:": Scenes}  # by how a spec begins; all others are Files
 
 
+def split_turn(spec):
+    """(path, WORD) of `path[@turn:WORD]`. What exists as a path is not split."""
+    match = re.fullmatch(r"([\s\S]*)@turn:([^,]*)", spec)
+    return match.groups() if match and not os.path.exists(spec) else (spec, "")
+
+
+def is_path(spec):
+    return os.path.exists(split_turn(spec)[0])
+
+
 def open_source(spec):
-    """`path[@turn:WORD]` -> Source. UserError if there is nothing to open."""
+    """A spec without commas -> Source. UserError if there is nothing to open."""
     for prefix, source in SOURCES.items():
-        if spec.startswith(prefix):
+        if spec.startswith(prefix) and not os.path.exists(spec):
             return source(spec)
-    path, _, turn = spec.partition("@turn:")
-    return Files(path, turn)
+    return Files(*split_turn(spec))
 
 
 def run_parallel(function, items):
@@ -177,15 +191,19 @@ def open_file(path):
 
 
 def printable(text):
-    """Any text, such as a path that is not UTF-8 or an error, as one line of printable characters."""
-    return repr(str(text))[1:-1]
+    """Any text, such as a path or an error, as one line that leaves a terminal whole: control characters and
+    bytes that are not UTF-8 as escapes. Spaces and joiners of all kinds stay."""
+    return re.sub(r"[\0-\x1f\x7f-\x9f\u2028-\u202e\ud800-\udfff]", lambda c: ascii(c[0])[1:-1], str(text))
 
 
 # ---- Index: the images of a source in one memory-mapped file, shared by all processes ----------------------
 # It is a dictionary of
 #   containers  {path of a folder, an archive or a list: when it was last changed, in seconds}
-#   entries     uint8, one after the other: a path, or archive, name, offset and length, separated by "\0"
+#   entries     uint8, one after the other: a path; a path and its line in a list; or archive, name, offset
+#               and length; separated by "\0"
 #   offsets     int64 [N + 1], where the entry of each image begins, and the end of the last
+#   left_out    in words, what is there besides
+# An index stays until a container changes, even if today more would be found: a resumed run sees its images.
 
 def cache_folder():
     """Where indexes and the tiny specialists are kept: $DUNE_CACHE, or ~/.cache/dune."""
@@ -196,51 +214,64 @@ def open_index(root):
     """The index of a source, from the cache folder. Written if there is none or the source has changed."""
     key = hashlib.sha1(os.fsencode(root)).hexdigest()
     path = f"{cache_folder()}/{key[:16]}.index"
-    if not is_current(path):
+    index = current_index(path)
+    if not index:
         check_writable(cache_folder())
         with open(f"{path}.lock", "w") as lock:
-            with contextlib.suppress(ImportError):  # on Windows
+            with contextlib.suppress(ImportError, OSError):  # on Windows, or the disk has no locks
                 import fcntl
                 fcntl.flock(lock, fcntl.LOCK_EX)  # one process writes the index, the others wait here
-            if not is_current(path):
-                write_index(path, root)
-    return torch.load(path, mmap=True, weights_only=True)
+            index = current_index(path) or write_index(path, root)
+    return index
 
 
-def is_current(index_path):
-    """Whether an index is there, undamaged, and its folders, archives and lists have not changed since."""
+def load_index(path):
+    """An index, mapped, or in memory if the disk cannot be mapped: some network and container mounts."""
     try:
-        containers = torch.load(index_path, mmap=True, weights_only=True)["containers"]
-        return all(os.path.getmtime(path) == changed for path, changed in containers.items())
-    except Exception:
-        return False
+        return torch.load(path, mmap=True, weights_only=True)
+    except (RuntimeError, OSError):
+        return torch.load(path, weights_only=True)
+
+
+def current_index(path):
+    """An index if it is there, undamaged, and its folders, archives and lists have not changed since."""
+    with contextlib.suppress(Exception):
+        index = load_index(path)
+        if all(os.path.getmtime(place) == changed for place, changed in index["containers"].items()):
+            return index
 
 
 def write_index(path, root):
-    """Writes the index of a source. UserError if it holds no images."""
+    """Writes the index of a source, and returns it. UserError if the source holds no images."""
     print(f"data: listing the images of {printable(root)}, once", file=sys.stderr)
     containers = {}
     offsets = array.array("q", [0])  # as Python objects, 20 million entries would take gigabytes
     entries = bytearray()
-    for container, found in scan(root):
+    kinds = Counter()
+    for container, found in scan(root, kinds):
         containers[container] = os.path.getmtime(container)
         for entry in found:
             entries += os.fsencode(entry)
             offsets.append(len(entries))
+    most = [f"{count:,} {name}" for name, count in kinds.most_common(9)]
+    left_out = f"; left out: {', '.join(most) or 'nothing'}"
     if not entries:
-        raise UserError(f"{printable(root)} holds no images ({' '.join(SUFFIXES)})")
+        raise UserError(f"{printable(root)} holds no images ({' '.join(SUFFIXES)}){left_out}")
+    print(f"data: {len(offsets) - 1:,} images{left_out}", file=sys.stderr)
     with atomic_write(path) as file:
         torch.save({
             "containers": containers,
             "entries": torch.frombuffer(entries, dtype=torch.uint8),
             "offsets": torch.frombuffer(offsets, dtype=torch.int64),
+            "left_out": left_out,
         }, file)
+    return load_index(path)
 
 
-def scan(root):
-    """Yields (path of a folder, an archive or a list, entries of the images in it)."""
+def scan(root, kinds):
+    """Yields (path of a folder, an archive or a list, entries of its images). Counts what else there is."""
     if os.path.isfile(root):
-        yield root, archive_entries(root) if root.endswith(".tar") else list_entries(root)
+        yield root, archive_entries(root, kinds) if kind(root) == ".tar" else list_entries(root)
         return
     seen = set()
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=print):
@@ -253,35 +284,72 @@ def scan(root):
         paths = [os.path.join(folder, name) for name in sorted(names) if name[0] != "."]
         yield folder, filter(is_image, paths)
         for path in paths:
-            if path.endswith(".tar"):
-                yield path, archive_entries(path)
+            suffix = kind(path)
+            if suffix == ".tar":
+                yield path, archive_entries(path, kinds)
+            elif suffix not in SUFFIXES:
+                kinds[suffix] += 1
+
+
+def kind(path):
+    """The suffix of a path."""
+    return (re.search(r"\.(tar\.(gz|xz|bz2|zst)|\w{1,9})\Z", path.lower()) or ["without a suffix"])[0]
 
 
 def is_image(path):
-    return path.lower().endswith(SUFFIXES)
+    return kind(path) in SUFFIXES
 
 
-def archive_entries(path):
-    """The entries of an uncompressed tar archive, from its headers. UserError if it is broken."""
+def archive_members(path):
+    """The members of an uncompressed tar archive, from its headers. UserError if it is broken.
+
+    Yields names, the files to which they are hard links or "", offset and length of what is stored or "".
+    """
     try:
         with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 archive.members = []  # tarfile would keep them all in memory
-                if member.isreg() and is_image(member.name):
-                    yield f"{path}\0{member.name}\0{member.offset_data}\0{member.size}"
+                is_stored = member.isreg() and not member.issparse()
+                place = f"{member.offset_data}\0{member.size}" if is_stored else ""
+                if not member.isdir():
+                    yield member.name, member.islnk() and member.linkname, place
     except (tarfile.TarError, OSError, UserError) as error:
         raise UserError(f"{printable(path)} is not a complete, uncompressed tar archive ({error})") from None
 
 
+def archive_entries(path, kinds):
+    """The entries of an archive; at its end those of hard links, which lead to the file that is linked."""
+    links = {}  # {name of a file: names of the links to it}
+    for name, target, place in archive_members(path):
+        if not is_image(name):
+            kinds[f"{kind(name)} in archives"] += 1
+        elif target:
+            links.setdefault(target, []).append(name)
+        elif place:
+            yield f"{path}\0{name}\0{place}"
+        else:
+            kinds["links or sparse files in archives"] += 1
+    for name, _, place in archive_members(path) if links else ():
+        for link in links.get(name, ()) if place else ():
+            yield f"{path}\0{link}\0{place}"
+
+
 def list_entries(path):
     """The entries of a text file with a path on each line. UserError if the first path does not exist."""
-    with open_file(path) as file:
-        lines = map(str.strip, os.fsdecode(file.read()).split("\n"))
     folder = os.path.dirname(path)
-    paths = [os.path.join(folder, line) for line in lines if line and line[0] != "#"]
-    if paths and not os.path.exists(paths[0]):
-        raise UserError(f"{printable(path)}: its first path does not exist: {printable(paths[0])}")
-    return paths
+    with open_file(path) as file:
+        lines = os.fsdecode(file.read()).split("\n")
+    entries = []
+    for number, line in enumerate(lines, 1):
+        line = line.strip(" \t\r")  # no other spaces: they may belong to a name
+        image = os.path.join(folder, line)
+        if line[:1] in "#":  # empty, or a comment
+            continue
+        if not entries and not os.path.exists(image):
+            raise UserError(f"{printable(path)}, line {number}: {printable(image)} does not exist "
+                            "(relative paths are relative to the list)")
+        entries.append(f"{image}\0{number}")
+    return entries
 
 
 # ---- Groups: which teacher learns from which source --------------------------------------------------------
@@ -320,10 +388,12 @@ def parse_data(specs, teachers, seeds=""):
     groups = {}
     for spec in specs:
         owner, paths = re.fullmatch(r"(?:([\w.-]+)=)?([\s\S]*)", spec).groups()
+        if is_path(spec):
+            owner, paths = None, spec
         if owner and owner not in teachers:
             raise UserError(f"--data names {owner}, which is not one of --teachers {','.join(teachers)}")
         owners = (owner,) if owner else tuple(teachers)
-        for path in paths.split(","):
+        for path in [paths] if is_path(paths) else paths.split(","):
             group = groups.setdefault(owner, Group(owner or "shared", [], owners))
             group.sources.append(open_source(path))
     if not specs:
@@ -378,7 +448,8 @@ def permuted_index(i, n, *key):
 
 # ---- Decode, crop, resize: on the CPU, to uint8 ------------------------------------------------------------
 
-Image.MAX_IMAGE_PIXELS = 45_000_000  # Pillow refuses images of more than twice as many
+Image.MAX_IMAGE_PIXELS = 45_000_000  # by their headers Pillow refuses images of more than twice as many
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # profiles and prompts of megabytes are common
 
 
 def to_rgb(image):
@@ -397,7 +468,7 @@ def decode(file, size=0, turn=False):
     size: a JPEG is decoded at 1/2, 1/4 or 1/8 as long as both sides stay at least 2 * size. If it is then
     resized to `size`, the difference is smaller than between two good filters.
     """
-    image = Image.open(file, formats=("JPEG", "PNG", "WEBP"))  # whatever its suffix
+    image = Image.open(file, formats=FORMATS)  # whatever its suffix
     if size:
         side = math.ceil(2 * size)
         image.draft(None, (side, side))
@@ -407,13 +478,15 @@ def decode(file, size=0, turn=False):
     return image.transpose(Image.Transpose.ROTATE_270) if turn else image
 
 
-def load_image(path):
-    """An image file as an upright PIL RGB image. UserError if it cannot be read."""
+def load_image(path, size=0, turn=False, name="", offset=0, length=2**30):
+    """An image file, or a part of a file, decoded. ImageError, which begins with `name`, if that fails."""
     try:
         with open_file(path) as file:
-            return decode(file)
-    except Exception as error:
-        raise UserError(f"cannot read the image {printable(path)}: {printable(error)}") from None
+            file.seek(int(offset))
+            content = file.read(int(length))
+        return decode(io.BytesIO(content), size, turn)
+    except Exception as error:  # Pillow's decoders raise nearly everything
+        raise ImageError(f"{printable(name or path)}: {printable(error).partition(' <')[0]}") from None
 
 
 def resize(image, box, height, width):
@@ -580,12 +653,13 @@ def augment(image, params):
 def read_or_next(source, i, size):
     """Image i of a source, or one after it if it cannot be read. -> (PIL image, ["path: reason"] of those)"""
     bad = []
-    for attempt in range(24):
+    for attempt in range(min(24, source.count)):
         try:
             return source.read(i, size), bad
         except UserError as error:
             bad.append(str(error))
-            i = (i + 2**attempt) % source.count  # ever further: damage comes in runs
+            i += 2**attempt if source.count > 24 else 1  # ever further: damage comes in runs
+            i %= source.count
     raise UserError(f"{source.spec}: {len(bad)} consecutive images could not be read; the last: {bad[-1]}")
 
 
@@ -613,8 +687,8 @@ class Samples(Dataset):
         if rng.random() < 0.5:
             pixels = pixels.flip(2)
         return {
-            "image": pixels,
-            "group": g,
+            "image": pixels.numpy(),
+            "group": np.array(g),
             "params": params,
             "source": source.spec,
             "bad": "\n".join(bad),
@@ -654,18 +728,20 @@ def batches(
     num_read, num_failed = Counter(), Counter()  # by source
     step = start_step
     restarts = 0
+    shared = True  # workers put batches into shared memory; else they send images through pipes
     while True:
-        loader = iter(DataLoader(
-            samples,
-            batch_sampler=positions(step, batch, rank, world),
-            num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=ignore_signals,
-            multiprocessing_context="fork" if workers else None,
-        ))
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise in the caller's code
         try:
-            for item in loader:
+            for item in DataLoader(
+                samples,
+                batch_sampler=positions(step, batch, rank, world),
+                num_workers=workers,
+                collate_fn=default_collate if shared else list,
+                pin_memory=torch.cuda.is_available(),
+                worker_init_fn=ignore_signals,
+                multiprocessing_context="fork" if workers else None,
+            ):
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise in the caller
+                item = item if shared else default_collate(item)
                 check_readable(item, num_read, num_failed)
                 item["bad"] = "\n".join(filter(None, item["bad"])).splitlines()
                 yield item
@@ -674,12 +750,16 @@ def batches(
         except UserError as error:  # of a worker: with a traceback before the message
             raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
         except (RuntimeError, OSError, EOFError) as error:  # how a killed worker shows
-            if not workers or "in DataLoader worker process" in str(error):  # a defect
+            is_full = "shared memory" in str(error)
+            if not workers or "in DataLoader worker process" in str(error) and not is_full:  # a defect
                 raise
             restarts += 1
             if restarts > 3:
-                raise UserError("data workers keep crashing: use fewer --workers, more /dev/shm") from error
-            print(f"data: a worker was killed, starting again at step {step}", file=sys.stderr)
+                raise UserError("data workers keep crashing: use fewer --workers, or 0") from error
+            error.with_traceback(None)  # frees the loader: its workers, its memory
+            shared &= not is_full
+            print(f"data: {'/dev/shm is full, workers use pipes' if is_full else 'a worker was killed'}, "
+                  f"starting again at step {step}", file=sys.stderr)
 
 
 def check_readable(batch, num_read, num_failed):
@@ -688,7 +768,7 @@ def check_readable(batch, num_read, num_failed):
     for source, bad in zip(batch["source"], batch["bad"]):
         num_failed[source] += bad != ""
         if bad and num_failed[source] > max(10, num_read[source] / 10):
-            raise UserError(f"{source}: {num_failed[source]} of {num_read[source]} images could not be read, "
+            raise UserError(f"{source}: {num_failed[source]} of {num_read[source]} reads failed, "
                             f"more than one in ten; the last: {bad.splitlines()[-1]}")
 
 
@@ -795,8 +875,8 @@ def pca_colors(features, grid):
     """
     flat = features[0]["patch"].float().flatten(0, 1)
     mean = flat.mean(0)
-    variances, directions = torch.linalg.eigh(flat.T.cov())  # the largest are the last
-    spread = 4 * variances[-3:].sqrt()
+    variances, directions = torch.linalg.eigh(flat.T.cov(correction=0))  # the largest are the last
+    spread = 4 * variances[-3:].clamp(min=1e-12).sqrt()  # gray, if nothing differs
     pictures = []
     for tokens in features:
         colors = (tokens["patch"].float() - mean) @ directions[:, -3:] / spread + 0.5
@@ -805,7 +885,7 @@ def pca_colors(features, grid):
     return pictures
 
 
-COLORS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b"]
+COLORS = "#1f77b4 #d62728 #2ca02c #9467bd #ff7f0e #17becf #8c564b".split()
 
 
 def palette(n):
@@ -864,7 +944,7 @@ def show_data(groups, teachers, size, path):
         print(f"{group.name}: for {', '.join(group.teachers)}; with --sharing own+generic for "
               f"{'all teachers' if group.generic else 'nobody else'}")
         for source in group.sources:
-            print(f"    {source.count:,} images in {source.spec}")
+            print(f"    {source.count:,} images in {source.spec}{source.left_out}")
     batch = next(batches(groups, size, 32 * len(groups), workers=0))
     print(f"unreadable: {len(batch['bad'])} of {len(batch['image'])}", *batch["bad"], sep="\n  ")
     pixels = recolor(batch["image"] / 255, batch["params"])
@@ -898,7 +978,7 @@ class Solid:
     def paint(self, color, pattern, period):
         """color: hue, saturation, value; the pattern's second color is darker; its period is in meters."""
         hue, saturation, value = color
-        light = colorsys.hsv_to_rgb(hue, saturation, value)
+        light = colorsys.hsv_to_rgb(*color)
         dark = colorsys.hsv_to_rgb(hue, saturation, 0.55 * value)
         colors = np.array([light, dark], np.float32)
         self.colors = colors[..., None]
@@ -935,16 +1015,12 @@ class Solid:
             d[d == 0] = 1e-6
             middle = -o / d
             reach = np.abs(1 / d)
-            enter = (middle - reach).max(0)
-            leave = (middle + reach).min(0)
-            return enter, leave
+            return (middle - reach).max(0), (middle + reach).min(0)
         a = (d * d).sum(0)
         b = (o * d).sum(0)
         c = (o * o).sum(0) - 1
         root = np.sqrt(np.maximum(b * b - a * c, 0))
-        enter = (-b - root) / a
-        leave = (-b + root) / a
-        return enter, leave
+        return (-b - root) / a, (-b + root) / a
 
     def surface(self, points):
         """Unit normals [3, n] in the camera's frame, and texture coordinates in meters, of points [3, n]."""
@@ -1126,13 +1202,7 @@ def objects(seed, size=112):
     return {**scene, "kind": kind}
 
 
-PARTS = [
-    "background",
-    "head",
-    "torso",
-    "arm",
-    "leg",
-]
+PARTS = "background head torso arm leg".split()
 
 
 def bone(frame, length, swing, spread):

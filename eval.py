@@ -16,9 +16,9 @@ import math
 import os
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import torch
@@ -232,7 +232,10 @@ def sample_images(args, models, count):
     if getattr(args, "image", None):
         photos = [data.load_image(path) for path in args.image]
         if len(photos) == 1:
-            return data.fit_image(photos[0], models.image_size, models.patch_size)[None]
+            image = data.fit_image(photos[0], models.image_size, models.patch_size)
+            if image[0].numel() == models.patch_size**2:
+                raise UserError("one patch has nothing to compare with: use a larger --image-size")
+            return image[None]
         return torch.stack([data.center_crop(photo, models.image_size) for photo in photos])
     rows = {name: teachers.TEACHERS[name] for name in models.teachers}
     groups = data.parse_data(args.data, rows)
@@ -523,13 +526,11 @@ def classify(args, score):
     train = class_folder(args.train)
     test = class_folder(args.test, train.names)
     models = load_models(args)
-    train_labels = train.labels.to(models.device)
-    test_labels = test.labels.to(models.device)
     rows = {}
     for name, extractor in models.extractors.items():
         token = choose_token(args.token, name, extractor, models)
-        train_x = folder_features(extractor, train.paths, models, token)
-        test_x = folder_features(extractor, test.paths, models, token)
+        train_x, train_labels = folder_features(extractor, train.examples, models, token)
+        test_x, test_labels = folder_features(extractor, test.examples, models, token)
         scores = score(train_x, train_labels, test_x, len(train.names))
         rows[name] = {**topk_accuracy(scores, test_labels), "token": token}
     write_results(args, rows, image_size=models.image_size)
@@ -538,8 +539,7 @@ def classify(args, score):
 @dataclass
 class ClassFolder:
     """A folder with a folder of images for each class."""
-    paths: list
-    labels: torch.Tensor  # int64 [n], indices into names
+    examples: list  # (path, index into names)
     names: list
 
 
@@ -549,17 +549,15 @@ def class_folder(root, names=None):
     if len(folders) < (1 if names else 2):
         raise UserError(f"{root} must hold a folder of images for each of at least two classes")
     names = names or folders
-    paths = []
-    labels = []
+    examples = []
     for name in folders:
         if name not in names:
             raise UserError(f"{root}: the class {name} is not among those of --train")
         images = list_dir(os.path.join(root, name), data.SUFFIXES)
         if not images:
             raise UserError(f"{os.path.join(root, name)} is empty: add images or remove the folder")
-        paths += [os.path.join(root, name, image) for image in images]
-        labels += [names.index(name)] * len(images)
-    return ClassFolder(paths, torch.tensor(labels), names)
+        examples += [(os.path.join(root, name, image), names.index(name)) for image in images]
+    return ClassFolder(examples, names)
 
 
 def list_dir(folder, suffixes=""):
@@ -584,30 +582,49 @@ def choose_token(token, name, extractor, models):
     return token if token != "auto" else "cls" if has_cls else "patch"
 
 
-def folder_features(extractor, paths, models, token):
-    """Class token or mean patch token of each image's central square, fp16 [n, D]."""
+def folder_features(extractor, examples, models, token):
+    """Class token or mean patch token of each image's central square, fp16 [n, D], and labels, int64 [n]."""
     parts = []
+    all_labels = []
     load = partial(load_square, models.image_size)
-    for images in read_ahead(load, paths, "features"):
+    for batch in read_ahead(load, examples, "features"):
+        images, labels = zip(*batch)
         features = extractor(torch.stack(images))
         x = features["cls"] if token == "cls" else features["patch"].mean(1)
         parts.append(x.half())
-    return torch.cat(parts)
+        all_labels += labels
+    return torch.cat(parts), torch.tensor(all_labels, device=models.device)
 
 
-def load_square(image_size, path):
-    return data.center_crop(data.load_image(path), image_size)
+def load_square(image_size, example):
+    path, label = example
+    return data.center_crop(data.load_image(path), image_size), label
 
 
 def read_ahead(read, items, title, batch=32):
-    """Yield [read(item), ...] of batch after batch of the items; threads read the next one meanwhile."""
-    batches = [items[i:i + batch] for i in range(0, len(items), batch)]
-    with ThreadPool(min(16, data.cores())) as pool:
-        pending = pool.map_async(read, batches[0])
-        for next_batch in tqdm([*batches[1:], []], title, leave=False):
-            ready = pending.get()
-            pending = pool.map_async(read, next_batch)
-            yield ready
+    """Yield [read(item), ...] of batch after batch of the items; threads read the next one meanwhile.
+
+    Images that cannot be read are left out and counted. UserError if they are more than one in ten.
+    """
+    pending = []
+    errors = []
+    with ThreadPoolExecutor(min(16, data.cores())) as pool:  # it waits for its threads
+        for start in tqdm(range(0, len(items) + batch, batch), title, leave=False):
+            ready = pending
+            pending = [pool.submit(read, item) for item in items[start:start + batch]]
+            results = []
+            for future in ready:
+                if isinstance(future.exception(), data.ImageError):
+                    errors.append(future.exception())
+                else:
+                    results.append(future.result())
+            if results:
+                yield results
+    if errors:
+        line = f"{len(errors)} of {len(items)} images cannot be read; the last: {errors[-1]}"
+        if len(errors) > max(min(10, len(items) - 1), len(items) / 10):  # none are left, or as in training
+            raise UserError(line)
+        print(f"left out: {line}", file=sys.stderr)
 
 
 def knn(train, labels, test, classes, k=20, temperature=0.07):
@@ -676,8 +693,8 @@ EXAMPLES = 4  # test images in the picture
 @dataclass
 class DenseFolder:
     """Images with a target for each pixel."""
-    paths: list
-    targets: list  # tensors [H, W], each of its own size
+    paths: tuple
+    targets: tuple  # tensors [H, W], each of its own size
 
 
 def command_seg(args):
@@ -733,10 +750,10 @@ def dense_folders(args, names, read_target):
     folders = []
     for root in (args.train, args.test):
         pairs = find_pairs(root, names)
-        targets = []
+        examples = []
         for part in read_ahead(partial(read_pair, read_target), pairs, f"targets of {root}"):
-            targets += part
-        folders.append(DenseFolder([image for image, _ in pairs], targets))
+            examples += part
+        folders.append(DenseFolder(*zip(*examples)))
     return folders
 
 
@@ -769,13 +786,13 @@ def find_pairs(root, names):
 
 
 def read_pair(read_target, pair):
-    """The target [H, W] of a pair (image, target), if their shapes fit together."""
+    """(image, [H, W]) of a pair of paths (image, target), if their shapes fit together."""
     width, height = data.load_image(pair[0]).size
     target = read_target(pair[1])
     rows, cols = target.shape
     if abs(math.log(width * rows / (height * cols))) > 0.03:
         raise UserError(f"{pair[1]} is {cols}x{rows}, its image {width}x{height}: aspect ratios differ")
-    return target
+    return pair[0], target
 
 
 def read_map(path):
@@ -784,7 +801,7 @@ def read_map(path):
         if path.endswith(".npy"):
             array = np.load(path)
         else:
-            array = np.asarray(Image.open(path))
+            array = np.asarray(Image.open(path, formats=data.FORMATS))
     except Exception as error:  # Pillow's and numpy's errors for damaged files are of many types
         raise UserError(f"cannot read {path}: {str(error).partition(chr(10))[0][:200]}") from None
     if array.ndim != 2 or not array.size or array.dtype.kind not in "buif":
@@ -976,7 +993,7 @@ def command_spectrum(args):
 def explained_variance(features):
     """Cumulative share [D] of the variance of features [n, N, D] that their principal components explain."""
     flat = features.double().flatten(0, -2).cpu()
-    covariance = torch.cov(flat.T)
+    covariance = torch.cov(flat.T, correction=0)
     variances = torch.linalg.eigvalsh(covariance).clamp(min=0).flip(0)
     return variances.cumsum(0) / variances.sum().clamp(min=1e-30)
 
@@ -996,6 +1013,8 @@ def command_alignment(args):
         losses.append([line[name]["loss"] for line in lines])
     changes = np.diff(np.array(losses, float))  # [teachers, lines - 1]
     changes = changes[:, np.isfinite(changes).all(0)]
+    if changes.shape[1] < 4 or not np.ptp(changes, 1).all():
+        raise UserError(f"{args.run}/log.jsonl: alignment needs losses that change and are finite")
     correlation = np.corrcoef(changes)
     window = max(4, changes.shape[1] // 8)
     curves = {}

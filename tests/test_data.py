@@ -1,10 +1,12 @@
 """Sources, order, decoding, color and batches, against the definitions and against Pillow."""
 import colorsys
+import functools
 import io
 import itertools
 import multiprocessing
 import os
 import signal
+import subprocess
 import tarfile
 import time
 from collections import namedtuple
@@ -15,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 import data
 from data import UserError
@@ -91,6 +94,103 @@ def test_folder_tar_and_list_hold_the_same_images(tmp_path):
     assert len(folder) == 7
     for images in zip(folder, shards, listed, strict=True):
         assert np.array_equal(images[0], images[1]) and np.array_equal(images[0], images[2])
+
+
+def test_every_suffix_is_read_and_the_rest_is_counted(tmp_path, capfd):
+    for suffix in data.SUFFIXES:
+        photo(1).save(tmp_path / f"photo{suffix.upper()}")
+        error = np.asarray(open_path(tmp_path).read(0)).astype(int) - np.asarray(photo(1))
+        assert np.abs(error).mean() < 7, suffix
+        (tmp_path / f"photo{suffix.upper()}").unlink()
+    photo().save(tmp_path / "program.eps")
+    (tmp_path / "program.eps").rename(tmp_path / "a.jpg")
+    for name in ("x.heic", "y.HEIC", "b.tar.gz", "c.tgz", "README"):
+        (tmp_path / name).write_bytes(b"")
+    capfd.readouterr()
+    source = open_path(tmp_path)
+    line = "1 images; left out: 2 .heic, 1 without a suffix, 1 .tar.gz, 1 .tgz"
+    assert line in capfd.readouterr().err and source.left_out in line
+    with pytest.raises(UserError, match="a.jpg: cannot identify"):
+        source.read(0)
+
+
+def test_a_tar_of_any_dialect(tmp_path, capfd):
+    """Hard links lead to their file, sparse files are left out, an archive of archives says so."""
+    root = folder_of(tmp_path / "x", 3)
+    os.link(root / "class0/0000.jpg", root / "z.png")
+    with open(root / "class0/hole.jpg", "wb") as file:
+        file.truncate(10**6)
+    expect = np.asarray(data.load_image(root / "z.png"))
+    for dialect in ("gnu", "posix", "oldgnu"):
+        path = tmp_path / f"{dialect}.TAR"
+        subprocess.run(["tar", "--sparse", f"--format={dialect}", "-cf", path, "-C", root, "."], check=True)
+        capfd.readouterr()
+        source = open_path(path)
+        assert source.count == 4 and "left out: 1 links or sparse" in capfd.readouterr().err
+        assert sum(np.array_equal(image, expect) for image in read_all(source)) == 2
+    outer = tar_of(tmp_path / "outer.tar", tar_of(tmp_path / "inner.tar", root))
+    with tarfile.open(outer, "w") as archive:
+        archive.add(tmp_path / "inner.tar")
+    with pytest.raises(UserError, match="outer.tar holds no images.*left out: 1 .tar in archives"):
+        open_path(outer)
+
+
+def test_an_index_of_before_stays_until_its_folder_changes(tmp_path, monkeypatch, capfd, cache):
+    """A run that goes on sees its images in its order, though today more kinds are read."""
+    photo(1).save(tmp_path / "b.png")
+    with monkeypatch.context() as before:
+        before.setattr(data, "SUFFIXES", (".png",))
+        photo(2).save(tmp_path / "a.bmp")
+        assert count_images(tmp_path) == 1
+    path, = cache.glob("*.index")
+    index = torch.load(path)
+    del index["left_out"]  # it did not have one
+    torch.save(index, path)
+    capfd.readouterr()
+    source = open_path(tmp_path)
+    assert source.count == 1 and source.read(0) == photo(1) and capfd.readouterr().err == ""
+    os.utime(tmp_path, (0, 0))
+    assert count_images(tmp_path) == 2
+
+
+def test_a_disk_without_mmap_and_locks(tmp_path, monkeypatch, capfd):
+    """As some network and container mounts: the index is in memory, and still written once."""
+    root = folder_of(tmp_path / "x", 3)
+    no_device = functools.partial(raise_error, OSError(19, "No such device"))
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", no_device)
+    monkeypatch.setattr("fcntl.flock", no_device)
+    for _ in range(2):
+        assert len(read_all(open_path(root))) == 3
+    assert capfd.readouterr().err.count("listing") == 1
+
+
+def raise_error(error, *args, **options):
+    raise error
+
+
+def test_what_exists_as_a_path_is_that_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["a,b", "x@turn:y", "dinov2=z", "scenes:rooms", "plain"]
+    for i, name in enumerate(names):
+        folder_of(Path(name), 1 + i)
+        group, = data.parse_data([name], TWO)
+        assert (group.name, group.count, group.sources[0].turn) == ("shared", 1 + i, "")
+    specs = ["dinov2=a,b@turn:class0", "mast3r=plain@turn:class1,scenes:people:0-9,x@turn:y"]
+    turned, others = data.parse_data(specs, TWO)
+    assert [source.spec for source in others.sources] == ["plain", "scenes:people:0-9", "x@turn:y"]
+    assert np.array_equal(turned.sources[0].read(0), np.rot90(Image.open("a,b/class0/0000.jpg"), -1))
+
+
+def test_a_list_names_the_line_and_spaces_belong_to_a_name(tmp_path):
+    odd = "\u00a0no\u202fbreak\u200d \t\u3000.png"
+    photo().save(tmp_path / odd)
+    (tmp_path / "list.txt").write_text(f"# odd\n{odd}\r\n\n  {odd}\x1b[2J\n", encoding="utf-8")
+    source = open_path(tmp_path / "list.txt")
+    assert source.read(0) == photo()
+    with pytest.raises(UserError) as error:
+        source.read(1)
+    place = f"{tmp_path}/list.txt, line 4: {tmp_path}/{odd}".replace("\t", "\\t")
+    assert str(error.value).startswith(place + "\\x1b[2J: no such file")
 
 
 def test_names_that_are_not_utf8(tmp_path):
@@ -182,12 +282,12 @@ def test_bad_input_is_one_clear_line(tmp_path):
     wrong = {
         "nowhere": "does not exist",
         "empty": "holds no images",
-        "file.zip": "is not a folder, a .tar or a .txt list",
+        "file.zip": "is not a folder, an uncompressed .tar or a .txt list",
         "fifo.tar": "holds no images",
         "inside.tar": "not a complete, uncompressed tar",
         "junk.tar": "not a complete, uncompressed tar",
-        "list.txt": "first path does not exist: .*gone.jpg",
-        "junk.txt": "first path does not exist",
+        "list.txt": "line 1: .*gone.jpg does not exist .relative paths are relative to the list",
+        "junk.txt": "line 1: .* does not exist",
     }
     for name, words in wrong.items():
         with pytest.raises(UserError, match=words) as error:
@@ -275,6 +375,19 @@ def test_a_killed_worker_does_not_end_the_run(capfd):
     assert "starting again at step" in capfd.readouterr().err
 
 
+def test_a_small_shared_memory_is_told_and_enough(monkeypatch, capfd):
+    """Docker gives 64 MB: workers then send their images through pipes."""
+    groups = data.parse_data([], TEACHERS)
+    expect = take(3, groups, 28, 12, workers=0)
+    full = RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device")
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", functools.partial(raise_error, full))
+    items = take(3, groups, 28, 12, workers=2)
+    for a, b in zip(items, expect, strict=True):
+        assert all(torch.equal(a[key], b[key]) for key in ("image", "group", "params"))
+    lines = [line for line in capfd.readouterr().err.splitlines() if "Warning" not in line]
+    assert lines == ["data: /dev/shm is full, workers use pipes, starting again at step 0"]
+
+
 def test_damaged_images_are_replaced_and_too_many_stop_the_run(tmp_path):
     root = folder_of(tmp_path / "x", 60)
     paths = sorted(root.glob("*/*.jpg"))
@@ -294,6 +407,12 @@ def test_damaged_images_are_replaced_and_too_many_stop_the_run(tmp_path):
         for workers in (0, 2):
             with pytest.raises(UserError, match=words):
                 take(40, groups, 28, 20, workers=workers)
+    few = open_path(folder_of(tmp_path / "few", 3))
+    for path in (tmp_path / "few").glob("*/*.jpg"):
+        assert all(data.read_or_next(few, k, 0)[0].size == (60, 48) for k in range(3))  # the last one is found
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="few: 3 consecutive images could not be read"):
+        data.read_or_next(few, 1, 0)
 
 
 # ---- Decoding ----------------------------------------------------------------------------------------------
@@ -340,6 +459,9 @@ def test_odd_images_come_out_as_sensible_rgb(tmp_path):
     clear.paste((9, 9, 9, 0), (0, 0, 32, 40))
     white = np.where(np.arange(64)[None, :, None] < 32, 255, rgb)
     assert error("alpha.png", clear, white) == 0
+    text = PngInfo()
+    text.add_text("prompt", "x" * 2**21, zip=True)
+    assert error("text.png", base, pnginfo=text, icc_profile=bytes(2**21)) == 0
     assert error("alpha-palette.png", clear.quantize(256, method=Image.Quantize.FASTOCTREE), white) < 12
     for orientation in range(1, 9):
         exif = Image.Exif()
@@ -352,7 +474,7 @@ def test_odd_images_come_out_as_sensible_rgb(tmp_path):
     assert data.fit_image(photo(0, 200, 100), 100, 14).shape == (3, 56, 98)
     os.mkfifo(tmp_path / "fifo.jpg")
     for name in ("none.jpg", "fifo.jpg"):
-        with pytest.raises(UserError, match=f"cannot read the image .*{name}"):
+        with pytest.raises(UserError, match=f"{name}: no such file, or not a regular one"):
             data.load_image(tmp_path / name)
 
 
@@ -362,6 +484,12 @@ def test_enormous_images_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200_000)
     with pytest.raises(UserError, match="big.png: .*exceeds limit of 400000 pixels"):
         data.load_image(tmp_path / "big.png")
+    photo().save(tmp_path / "claim.jpg")
+    raw = (tmp_path / "claim.jpg").read_bytes()
+    assert raw.count(b"\0\x30\0\x3c") == 1  # height, width
+    (tmp_path / "claim.jpg").write_bytes(raw.replace(b"\0\x30\0\x3c", 2 * b"\xff\xdc"))
+    with pytest.raises(UserError, match="claim.jpg: Image size .4290250000 pixels. exceeds"):
+        data.load_image(tmp_path / "claim.jpg")
 
 
 def test_reduced_decoding_stays_within_the_resampling_error(tmp_path):

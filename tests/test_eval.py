@@ -1,6 +1,8 @@
 """eval.py: each command on made-up data whose answer is known, and what it says to wrong input."""
 import json
 import math
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -77,7 +79,7 @@ def test_knn_is_dinos_formula():
     assert ev.topk_accuracy(torch.eye(6), torch.arange(6).roll(1))["top-1"] == 0
 
 
-def test_knn_and_linear_tell_colors_apart(tmp_path, teacher):
+def test_knn_and_linear_tell_colors_apart(tmp_path, teacher, capsys):
     for split in ("train", "test"):
         for c, color in enumerate(([200, 30, 30], [30, 200, 30], [30, 30, 200])):
             for i in range(6):
@@ -90,6 +92,25 @@ def test_knn_and_linear_tell_colors_apart(tmp_path, teacher):
         assert result("knn")["dinov2"] == {"top-1": 100.0, "top-5": 100.0, "token": used}
     ev.main(["linear", *folders, "--steps", "60", "--out", "deep/er.json"])
     assert result("deep/er")["dinov2"]["top-1"] == 100.0
+    for name in ("train/class0/3.png", "test/class1/0.png"):  # are left out
+        (tmp_path / name).write_bytes(b"")
+    capsys.readouterr()
+    ev.main(["knn", *folders, "--k", "5"])
+    assert result("knn")["dinov2"]["top-1"] == 100.0
+    assert "left out: 1 of 18 images cannot be read; the last: train/class0/3.png" in capsys.readouterr().err
+    for path in tmp_path.glob("train/class*/*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="18 of 18 images cannot be read"):
+        ev.main(["knn", *folders])
+
+
+def test_no_thread_reads_on_after_an_error():
+    """A process that ends while one does is aborted by torch."""
+    threads = threading.active_count()
+    batches = ev.read_ahead(time.sleep, [0.01] * 99, "x")
+    next(batches)
+    batches.close()
+    assert threading.active_count() == threads
 
 
 # ---- Dense
@@ -132,6 +153,7 @@ def test_seg_finds_the_halves(tmp_path, teacher):
     for name in ("images", "annotations"):  # ADE20K's layout: images/validation beside annotations/validation
         (tmp_path / "b" / name).mkdir()
         (tmp_path / "b" / "x" / name).rename(tmp_path / "b" / name / "validation")
+    (tmp_path / "b/images/validation/1.png").write_bytes(b"")  # is left out
     ev.main(["seg", "--train", "a", "--test", "b/images/validation", *teacher, "--steps", "300"])
     assert result("seg")["dinov2"]["mIoU"] > 85
     iou = result("seg", "class_iou")["dinov2"]
@@ -198,15 +220,19 @@ def test_pca_and_spectrum(tmp_path, run):
     picture(tmp_path / "photo.png", noise(0, 50, 90))
     for command in ("pca", "spectrum"):
         ev.main([command, *args, "--image", "photo.png"])
+        with pytest.raises(UserError, match="one patch .*use a larger --image-size"):
+            ev.main([command, *args, "--image", "photo.png", "--image-size", "14"])
     assert {"student", "dinov2", "through mast3r"} < set(result("spectrum"))
     assert Image.open("pca.png").width > 5 * 112 and Image.open("spectrum.png")
+    colors, = data.pca_colors([{"patch": torch.ones(1, 1, 8)}], (1, 1))
+    assert colors.eq(127).all()  # nothing differs: gray
     torch.manual_seed(0)
     x = torch.randn(400, 3) * torch.tensor([3.0, 1.0, 0.0]) @ torch.linalg.qr(torch.randn(3, 3))[0]
     share = ev.explained_variance(x[:, None])
     assert abs(share[0] - 0.9) < 0.03 and abs(share[1] - 1) < 1e-6
 
 
-def test_alignment_is_the_correlation_of_loss_changes():
+def test_alignment_is_the_correlation_of_loss_changes(tmp_path):
     with open("log.jsonl", "w") as file:
         for step, value in enumerate(np.random.default_rng(0).normal(size=12)):
             losses = {"a": {"loss": value}, "b": {"loss": 2 * value}, "c": {"loss": -value}}
@@ -217,6 +243,10 @@ def test_alignment_is_the_correlation_of_loss_changes():
     assert np.allclose(matrix, [[1, 1, -1], [1, 1, -1], [-1, -1, 1]])
     steps, correlations = result("alignment", "curves")["a and c"]
     assert len(steps) == len(correlations) > 1 and np.allclose(correlations, -1)
+    lines = [json.dumps({"step": step, "a": {"loss": 1}, "b": {"loss": 2}}) for step in range(9)]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match="needs losses that change"):
+        ev.main(["alignment", "--run", "."])
 
 
 # ---- Matches, two views
