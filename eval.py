@@ -604,27 +604,29 @@ def load_square(image_size, example):
 def read_ahead(read, items, title, batch=32):
     """Yield [read(item), ...] of batch after batch of the items; threads read the next one meanwhile.
 
-    Images that cannot be read are left out and counted. UserError if they are more than one in ten.
+    Items whose image cannot be read are counted and removed. UserError if they are more than one in ten.
     """
-    pending = []
-    errors = []
+    pending = {}
+    errors = {}
     with ThreadPoolExecutor(min(16, data.cores())) as pool:  # it waits for its threads
         for start in tqdm(range(0, len(items) + batch, batch), title, leave=False):
             ready = pending
-            pending = [pool.submit(read, item) for item in items[start:start + batch]]
+            pending = {pool.submit(read, item): item for item in items[start:start + batch]}
             results = []
-            for future in ready:
-                if isinstance(future.exception(), data.ImageError):
-                    errors.append(future.exception())
+            for future, item in ready.items():
+                error = future.exception()
+                if isinstance(error, data.ImageError):
+                    errors[item] = error
                 else:
                     results.append(future.result())
             if results:
                 yield results
     if errors:
-        line = f"{len(errors)} of {len(items)} images cannot be read; the last: {errors[-1]}"
-        if len(errors) > max(min(10, len(items) - 1), len(items) / 10):  # none are left, or as in training
+        line = f"{len(errors)} of {len(items)} images cannot be read; the last: {[*errors.values()][-1]}"
+        if len(errors) > len(items) / 10 + 0.5:
             raise UserError(line)
         print(f"left out: {line}", file=sys.stderr)
+        items[:] = [item for item in items if item not in errors]
 
 
 def knn(train, labels, test, classes, k=20, temperature=0.07):
@@ -693,8 +695,8 @@ EXAMPLES = 4  # test images in the picture
 @dataclass
 class DenseFolder:
     """Images with a target for each pixel."""
-    paths: tuple
-    targets: tuple  # tensors [H, W], each of its own size
+    paths: list
+    targets: list  # tensors [H, W], each of its own size
 
 
 def command_seg(args):
@@ -753,7 +755,7 @@ def dense_folders(args, names, read_target):
         examples = []
         for part in read_ahead(partial(read_pair, read_target), pairs, f"targets of {root}"):
             examples += part
-        folders.append(DenseFolder(*zip(*examples)))
+        folders.append(DenseFolder(*map(list, zip(*examples))))
     return folders
 
 

@@ -149,7 +149,7 @@ def halves(root, name, values, count=4, size=(48, 64), suffix="png"):
 
 def test_seg_finds_the_halves(tmp_path, teacher):
     halves(tmp_path / "a", "masks", (0, 2))
-    halves(tmp_path / "b" / "x", "annotations", (0, 2), count=3)
+    halves(tmp_path / "b" / "x", "annotations", (0, 2), count=6)
     for name in ("images", "annotations"):  # ADE20K's layout: images/validation beside annotations/validation
         (tmp_path / "b" / name).mkdir()
         (tmp_path / "b" / "x" / name).rename(tmp_path / "b" / name / "validation")
