@@ -716,8 +716,8 @@ def batches(
     """Endlessly, this process's part of each global batch from `start_step` on: b = batch // world images.
 
     Yields {"image": uint8 [b, 3, S, S], "group": int64 [b] (index into groups), "params": float32 [b, 11] for
-    `augment`, "bad": ["path: reason"] of images that others replaced}, pinned if there is a GPU. What step k
-    holds depends on groups, image_size, batch, seed, scale and color alone.
+    `augment`, "bad": ["path: reason"] of images that others replaced}, pinned if there is a GPU and enough
+    /dev/shm. What step k holds depends on groups, image_size, batch, seed, scale and color alone.
     UserError if more than one in ten images of a source cannot be read.
     """
     for group in groups:
@@ -740,7 +740,8 @@ def batches(
                 worker_init_fn=ignore_signals,
                 multiprocessing_context="fork" if workers else None,
             ):
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise in the caller
+                if workers:
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise in the caller
                 item = item if shared else default_collate(item)
                 check_readable(item, num_read, num_failed)
                 item["bad"] = "\n".join(filter(None, item["bad"])).splitlines()
@@ -980,8 +981,7 @@ class Solid:
         hue, saturation, value = color
         light = colorsys.hsv_to_rgb(*color)
         dark = colorsys.hsv_to_rgb(hue, saturation, 0.55 * value)
-        colors = np.array([light, dark], np.float32)
-        self.colors = colors[..., None]
+        self.colors = np.array([light, dark], np.float32)[..., None]
         self.pattern = PATTERNS[pattern]
         self.period = period
 
