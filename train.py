@@ -563,8 +563,8 @@ def plot_logs(folders):
 
 def lock_folder(args, rank):
     """The open file that keeps other runs out of --out while this process lives. UserError if one is in."""
-    if args.bench:
-        return None
+    if args.bench:  # writes nothing
+        return
     data.check_writable(args.out)
     lock = open(f"{args.out}/lock", "w")
     busy = 0
