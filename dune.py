@@ -36,6 +36,10 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 
+if not hasattr(kernels, "distill_loss"):
+    place = kernels.__spec__.origin or [*kernels.__path__]
+    raise ImportError(f"{place} is another package named kernels; dune.py needs the kernels/ beside it")
+
 
 # ---- The student -------------------------------------------------------------------------------------------
 
@@ -462,13 +466,14 @@ class ViT(nn.Module):
         rows, cols = token_grid(images, self.patch_size)
         x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)  # [B, N, D]
         x = x.to(self.norm.weight.dtype)  # the residual stream stays fp32 under autocast
+        # [0]: or the gradient for a single image is a slice with odd strides, of which DDP warns.
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
+            x = torch.cat([self.cls_token[0].expand(len(x), -1, -1), x], 1)
         if self.pos_embed is not None:
             x = x + self.interpolate_pos_embed(rows, cols)
         # Registers go first: attention ignores the order, and x[:, registers:] is then class + patches.
         if self.register_tokens is not None:
-            x = torch.cat([self.register_tokens.expand(len(x), -1, -1), x], 1)
+            x = torch.cat([self.register_tokens[0].expand(len(x), -1, -1), x], 1)
         rope = None
         if self.pos_embed is None:
             head_dim = self.embed_dim // self.num_heads

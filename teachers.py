@@ -331,7 +331,10 @@ class FrozenTeacher(nn.Module):
            all else is fp32, also the residual stream
 
     gives_cls: it returns a class feature; has_cls: the student learns it.
+    file: where the weights are from; fingerprint: a number that other weights do not have.
     """
+
+    file = "random weights"
 
     def __init__(self, name, vit, dtype=torch.float32):
         super().__init__()
@@ -345,6 +348,9 @@ class FrozenTeacher(nn.Module):
         self.has_cls = self.gives_cls and row.distill_cls
         self.dtype = dtype
         self.eval().requires_grad_(False)
+        # Of the fp32 weights, before they are cast: the same for every dtype.
+        hashes = [torch.hash_tensor(x.cpu()).item() for x in vit.state_dict().values()]
+        self.fingerprint = data.hash64(*hashes)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 module.to(dtype)
@@ -440,7 +446,9 @@ def load_teacher(name, weights=None, device="cpu", dtype=torch.float32):
     path = str(weights or dune.download(row.url))
     with dune.user_errors(path):
         vit = load_encoder(row, dune.load_checkpoint(path))
-    return FrozenTeacher(name, vit, dtype).to(device)
+    teacher = FrozenTeacher(name, vit, dtype).to(device)
+    teacher.file = path
+    return teacher
 
 
 def random_encoder(name, row, device):

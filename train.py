@@ -6,8 +6,8 @@
     torchrun --nproc_per_node=8 train.py --preset stage2 --init out/stage1/checkpoint.pt --data ...
 
 `python train.py ...` runs a single process. A run writes into its folder: checkpoint.pt, log.jsonl,
-plot.png, pca.png, bad_images.txt. The same command started again continues where it stopped. SIGTERM and
-SIGUSR1 end a run within ten steps, with a checkpoint and exit code 0.
+plot.png, pca.png, bad_images.txt, and lock, which keeps a second run out. The same command started again
+continues where it stopped. SIGTERM and SIGUSR1 end a run within ten steps, with a checkpoint and exit code 0.
 """
 
 import argparse
@@ -76,6 +76,7 @@ PRESETS = {
     "tiny": dict(arch="tiny", image_size=112, batch=24, steps=1200, sharing="own", lr=26e-3, warmup=0.1,
                  projector="sp", layer_scale=0.0, crop=1.0, color=0.0),
 }
+OF_THE_MACHINE = {"batch": 0, "steps": 0, "dtype": "auto"}  # settled by resolve_args(), then kept by the run
 TINY_SCENES = ":1000000-1002500"  # seeds of the tiny preset's scenes; its teachers have not seen them
 RUN_OPTIONS = {  # options that do not affect the result, up to rounding: a resumed run may change them
     "preset": ("stage1", "a set of defaults, see PRESETS in this file", PRESETS),
@@ -115,15 +116,17 @@ def main(argv=None):
     groups = data.parse_data(args.data, specs, TINY_SCENES if args.preset == "tiny" else "")
     group_mask = data.teacher_mask(groups, args.teachers, args.sharing)   # bool [groups, T]
     held_out_groups = data.parse_data(args.val, specs)
+    args.images = "; ".join([*args.data, *[f"{group.name}: {group.count} images" for group in groups]])
     if args.show_data:
         return data.show_data(groups, args.teachers, args.image_size, args.show_data)
 
     # Teachers, student, optimizer
     rank, world, device = init_distributed(args.device)
+    lock = lock_folder(args, rank)                                    # held until this process ends
+    checkpoint = read_checkpoint(args, rank)                          # None: a new run
     resolve_args(args, world, device, group_mask)
-    checkpoint = read_checkpoint(args)                                # None: a new run
-    teachers = build_teachers(args, device)
-    student = build_student(args, teachers, checkpoint).to(device)
+    source, teachers = load_networks(args, device, checkpoint)
+    student = build_student(args, source, teachers, checkpoint).to(device)
     params = [p for p in student.parameters() if p.requires_grad]
     optimizer, start = build_optimizer(args, params, checkpoint)      # start: number of steps already done
     count = 32 if args.image_size <= 128 else 8                       # held-out images of each group
@@ -133,7 +136,7 @@ def main(argv=None):
     loader = data.batches(groups, args.image_size, args.batch, args.seed, rank, world, start, args.workers,
                           (args.crop, 1.0), args.color)
     parts = model, student, teachers, optimizer, params, group_mask, rank, world
-    print_config(args, rank, world, device)
+    print_config(args, rank, world, device, teachers)
     if args.bench:
         return bench(args, loader, parts)
     log = Log(args, rank, start)
@@ -149,7 +152,7 @@ def main(argv=None):
         if done % args.log_every == 0 or last:
             log.write(done, optimizer)                                # syncs with the device
         if done % args.save_every == 0 or last:
-            save_checkpoint(args, rank, done, student, optimizer)
+            save_checkpoint(args, rank, done, student, optimizer, teachers)
         if last:
             break
     finish(args, log, student, teachers, held_out)
@@ -300,20 +303,27 @@ def momentum_at(step, steps):
 
 # ---- Building teachers and student -------------------------------------------------------------------------
 
-def build_teachers(args, device):
-    """{name: FrozenTeacher} on the device. The first process of a machine downloads, others wait."""
+def load_networks(args, device, checkpoint):
+    """(what a new student starts from: a DUNE, a ViT or None; {name: FrozenTeacher} on the device).
+
+    The first process of a machine downloads, others wait.
+    """
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     first = local_rank() == 0
     if not first:
         wait_for_all()
+    source = None
+    if args.init and not checkpoint:  # before the teachers: a mistake is told before their download
+        is_teacher = args.init in TEACHERS
+        source = load_teacher(args.init, args.weights[args.init]).vit if is_teacher else dune.load(args.init)
     teachers = {name: load_teacher(name, args.weights[name], device, dtype) for name in args.teachers}
     if first:
         wait_for_all()
-    return teachers
+    return source, teachers
 
 
-def build_student(args, teachers, checkpoint):
-    """The student on the CPU: a new one, that of --init, or that of the run to resume."""
+def build_student(args, source, teachers, checkpoint):
+    """The student on the CPU: a new one, one that starts from --init, or that of the run to resume."""
     torch.manual_seed(args.seed)                              # the same initial weights on every process
     encoder = dune.ViT(args.image_size, args.patch_size, registers=args.registers, drop_path=args.drop_path,
                        layer_scale=args.layer_scale or None, **dune.SIZES[args.arch])
@@ -322,18 +332,16 @@ def build_student(args, teachers, checkpoint):
     student = dune.DUNE(encoder, dims, args.projector, args.norm)
     if checkpoint:
         with dune.user_errors(args.checkpoint):
+            for name, fingerprint in checkpoint.get("fingerprints", {}).items():
+                if fingerprint != teachers[name].fingerprint:
+                    raise UserError(f"the run has had another {name} than {teachers[name].file}: give it by "
+                                    "--weights, or use another --out")
             dune.load_strict(student, checkpoint["model"])
-    elif args.init in TEACHERS:
-        init_encoder(encoder, load_teacher(args.init, args.weights.get(args.init)).vit, args.init)
-    elif args.init:
-        source = dune.load(args.init)
-        init_encoder(encoder, source.encoder, args.init)
-        state = student.state_dict()
-        for key, value in source.state_dict().items():
-            if key in state and not key.startswith("encoder."):  # projectors and statistics
-                state[key] = value
+    elif source:
+        init_encoder(encoder, getattr(source, "encoder", source), args.init)
+        state = {key: x for key, x in source.state_dict().items() if not key.startswith("encoder.")}
         with dune.user_errors(args.init):
-            dune.load_strict(student, state)
+            student.load_state_dict(state, strict=False)  # projectors and statistics of the same teachers
     return student
 
 
@@ -381,8 +389,10 @@ def compile_and_wrap(args, student, teachers, world, device):
     return DistributedDataParallel(student, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def print_config(args, rank, world, device):
+def print_config(args, rank, world, device, teachers):
     if rank == 0:
+        for name, teacher in teachers.items():
+            print(f"teacher {name}: {data.printable(teacher.file)}")
         note = "; random teacher weights: losses are meaningless" if args.random_teachers else ""
         print(f"{len(args.teachers)} teachers, {args.steps} steps of {args.batch} images at {args.image_size}"
               f" px, {world} process(es) on {device.type}, {args.dtype}{note}")
@@ -534,25 +544,48 @@ def plot_logs(folders):
     panels = {"training loss": {}, "held-out loss": {}}
     for folder in folders:
         run = f"{os.path.basename(os.path.abspath(folder))} " if len(folders) > 1 else ""
-        for line in read_log(folder):
-            held_out = "held_out" in line
-            panel = panels["held-out loss" if held_out else "training loss"]
-            for name, value in line.get("held_out", line).items():
-                if held_out or isinstance(value, dict):
-                    steps, losses = panel.setdefault(run + name, ([], []))
-                    steps.append(line["step"])
-                    losses.append(value if held_out else value["loss"])
+        with dune.user_errors(f"{folder}/log.jsonl"):
+            for line in read_log(folder):
+                held_out = "held_out" in line
+                panel = panels["held-out loss" if held_out else "training loss"]
+                for name, value in line.get("held_out", line).items():
+                    loss = value if held_out else isinstance(value, dict) and value["loss"]
+                    if loss and math.isfinite(loss):  # None: the teacher had no image
+                        steps, losses = panel.setdefault(run + name, ([], []))
+                        steps.append(line["step"])
+                        losses.append(loss)
     if not panels["training loss"]:
-        raise UserError(f"no log.jsonl of a run in {', '.join(folders)}")
+        raise UserError(f"no log.jsonl with losses of a run in {', '.join(folders)}")
     return data.line_plot(os.path.join(folders[0], "plot.png"), panels)
 
 
 # ---- Checkpoints -------------------------------------------------------------------------------------------
 
-def read_checkpoint(args):
-    """The checkpoint of the run in --out, None if there is none. UserError if its recipe is another one."""
-    if not args.bench:
-        data.check_writable(args.out)
+def lock_folder(args, rank):
+    """The open file that keeps other runs out of --out while this process lives. UserError if one is in."""
+    if args.bench:  # writes nothing
+        return
+    data.check_writable(args.out)
+    lock = open(f"{args.out}/lock", "w")
+    busy = 0
+    try:
+        import fcntl
+        if rank == 0:  # lockf: data workers inherit the file, and with flock they would inherit the lock
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        busy = 1
+    except (ImportError, OSError):  # Windows, or a file system without locks
+        pass
+    if all_sum(torch.tensor(busy)):
+        raise UserError(f"another run is writing to {args.out}: wait until it ends, or use another --out")
+    return lock
+
+
+def read_checkpoint(args, rank):
+    """The checkpoint of the run in --out, None if there is none. UserError if its recipe is another one.
+
+    What args leaves to the machine becomes what the run began with, on whatever machine.
+    """
     if args.resume == "no" or args.bench or not os.path.exists(args.checkpoint):
         return None
     checkpoint = dune.load_checkpoint(args.checkpoint)
@@ -560,13 +593,18 @@ def read_checkpoint(args):
         for name in RECIPE:
             trained_with = checkpoint["args"].get(name)
             value = getattr(args, name)
-            if trained_with != value:
+            if value == OF_THE_MACHINE.get(name) and type(value) is type(trained_with):
+                setattr(args, name, trained_with)
+            elif value != trained_with:
                 raise UserError(f"was trained with --{name.replace('_', '-')} {trained_with}, not {value}: "
                                 "use another --out, or --resume no to start over")
+        images = checkpoint.get("images", args.images)
+        if rank == 0 and images != args.images:
+            print(data.printable(f"data: not as before. Before: {images}. Now: {args.images}"))
     return checkpoint
 
 
-def save_checkpoint(args, rank, step, student, optimizer):
+def save_checkpoint(args, rank, step, student, optimizer, teachers):
     """Write a temporary file, then rename it: a crash never leaves half a checkpoint."""
     if rank == 0:
         content = {
@@ -575,6 +613,8 @@ def save_checkpoint(args, rank, step, student, optimizer):
             "step": step,
             "args": {name: getattr(args, name) for name in RECIPE},
             "weights": args.weights,
+            "images": args.images,
+            "fingerprints": {name: teacher.fingerprint for name, teacher in teachers.items()},
         }
         with data.atomic_write(args.checkpoint) as file:
             torch.save(content, file)
@@ -584,6 +624,9 @@ def save_checkpoint(args, rank, step, student, optimizer):
 
 def init_distributed(device_name):
     """(rank, world size, device): from torchrun's environment, or of a single process."""
+    if "WORLD_SIZE" not in os.environ and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        raise UserError("srun has started several tasks, which do not know of each other: start one on each "
+                        "node, srun --ntasks-per-node=1 torchrun --nnodes=... (separate runs: WORLD_SIZE=1)")
     device = pick_device(device_name, local_rank())
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -724,6 +767,9 @@ def parse_args(argv=None):
             raise UserError(f"--weights {item}: write TEACHER=FILE, with one of {', '.join(args.teachers)}")
         weights[name] = file
     args.weights = weights
+    size = dune.SIZES[args.arch]
+    if size["embed_dim"] != 64 * size["num_heads"]:  # the number of heads is read off the width when loading
+        raise UserError(f"--arch {args.arch}: embed_dim must be 64 * num_heads in dune.SIZES")
     if args.preset == "stage2" and not args.init:
         raise UserError("--preset stage2 requires --init out/stage1/checkpoint.pt")
     return args
@@ -742,7 +788,7 @@ def resolve_args(args, world, device, group_mask):
     micro_batch = args.batch // world // args.accumulate
     if args.batch % world or micro_batch < (1 if group_mask.all() else len(group_mask)):
         raise UserError(f"--batch {args.batch} must be divisible by {world} processes, a micro-batch must "
-                        "hold an image of each group: use a larger --batch or a smaller --accumulate")
+                        "hold an image of each group: change their number, --batch or --accumulate")
 
 
 def pick_device(name, index=0):

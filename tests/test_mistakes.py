@@ -7,6 +7,8 @@ import io
 import json
 import os
 import resource
+import runpy
+import sys
 import zipfile
 
 import numpy as np
@@ -141,6 +143,14 @@ def test_files_that_are_no_checkpoint(content, tmp_path):
         assert isinstance(one_line(lambda: dune.load_checkpoint(path)), str)
 
 
+def test_a_foreign_package_named_kernels_is_told_at_import(tmp_path, monkeypatch):
+    (tmp_path / "kernels.py").write_text("relu = None")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "kernels")
+    with pytest.raises(ImportError, match=f"{tmp_path}/kernels.py is another package named kernels"):
+        runpy.run_path(dune.__file__)
+
+
 # ---- Our own files
 
 TINY = ("--teachers dinov2 --arch tiny --image-size 28 --batch 4 --workers 0 --device cpu --dtype fp32 "
@@ -177,9 +187,18 @@ def test_damaged_logs(line, folder, tmp_path):
         one_line(lambda: evaluation.main(["alignment", "--run", str(tmp_path)]))
 
 
+@pytest.mark.parametrize("losses", ['"high"', '"0.5"', "[1]", "null", "NaN", "1e999"])
+def test_a_log_without_losses_makes_no_picture(losses, tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 3, "dinov2": {"loss": %s}}' % losses)
+    assert f"{tmp_path}" in one_line(lambda: train.plot_logs([str(tmp_path)]))
+    (tmp_path / "log.jsonl").write_text('{"step": 3, "held_out": %s}' % losses)
+    assert f"{tmp_path}" in one_line(lambda: train.plot_logs([str(tmp_path)]))
+    assert not (tmp_path / "plot.png").exists()
+
+
 @pytest.mark.parametrize("change", [
     {"model": None}, {"model": {}}, {"step": -5}, {"step": "x"}, {"step": 10**9}, {"args": []},
-    {"args": None}, {"optimizer": None}, {"optimizer": {}}, {"optimizer": {"state": {},
+    {"args": None}, {"fingerprints": 5}, {"optimizer": None}, {"optimizer": {}}, {"optimizer": {"state": {},
     "param_groups": [{"params": [0]}]}}])
 def test_a_damaged_run_is_not_continued(change, folder, tmp_path):
     checkpoint = dune.load_checkpoint(folder / "run/checkpoint.pt")

@@ -145,6 +145,42 @@ def test_a_killed_worker_starts_again_and_the_run_is_the_undisturbed_one(argv, t
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
+def test_another_machine_changes_nothing_in_a_run(argv, tmp_path, monkeypatch, capsys):
+    """Batch, steps and dtype stay, unless the option is given. A process with one image gets no warning."""
+    left_to_the_machine = "--steps 0 --epochs 1 --epoch-images 3 --dtype auto"
+    bf16 = not teachers.fast_bf16("cpu")
+    monkeypatch.setattr(train, "fast_bf16", lambda device: bf16)
+    monkeypatch.setattr(train.StopSignal, "requested", lambda self, step: True)
+    train.main(argv(tmp_path, f"{left_to_the_machine} --batch 2"))
+    assert "stopped at step 1 of 2" in capsys.readouterr().out
+    with pytest.raises(dune.UserError, match="was trained with --batch 2, not 4"):
+        train.main(argv(tmp_path, f"{left_to_the_machine} --batch 4"))
+    command = argv(tmp_path, f"{left_to_the_machine} --batch 0")
+    codes, text = end(start(2, tmp_path / "output", command), tmp_path / "output")
+    dtype = "bf16" if bf16 else "fp32"
+    assert codes == [0, 0] and f"2 steps of 2 images at 56 px, 2 process(es) on cpu, {dtype}" in text, text
+    assert "Warning" not in text and len(log_lines(tmp_path)) == 2, text
+
+
+def test_a_second_run_in_a_folder_is_told_and_a_killed_one_does_not_keep_it(argv, tmp_path, monkeypatch):
+    options = "--steps 100000 --save-every 1"
+    first = start(1, tmp_path / "first", argv(tmp_path / "run", f"{options} --workers 2"))
+    wait_for(lambda: log_lines(tmp_path / "run"))
+    codes, text = end(start(2, tmp_path / "second", argv(tmp_path / "run", options)), tmp_path / "second")
+    assert codes == [2, 2] and text.count("another run is writing to") == 1 == text.count("\n"), text
+    workers = subprocess.check_output(["pgrep", "-P", str(first[0].pid)], text=True).split()
+    for worker in workers:
+        os.kill(int(worker), signal.SIGSTOP)  # they outlive the run, with its files open
+    first[0].kill()
+    first[0].join()
+    monkeypatch.setattr(train.StopSignal, "requested", lambda self, step: True)
+    try:
+        train.main(argv(tmp_path / "run", options))
+    finally:
+        for worker in workers:
+            os.kill(int(worker), signal.SIGKILL)
+
+
 class Sent(TorchDispatchMode):
     """Counts the numbers that this process gives to collectives."""
     count = 0
@@ -251,17 +287,16 @@ def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(argv, tmp_path, 
     text = capsys.readouterr().err
     assert leaving.value.code == 2 and len(re.findall("error: .*No space left", text)) == 1, text
     assert dune.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 2
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint.pt", "log.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint.pt", "lock", "log.jsonl"]
 
 
 def save_until_killed(path, written):
     recipe = dict.fromkeys(train.RECIPE)
-    args = Namespace(**recipe, checkpoint=path)
-    args.weights = {}
+    args = Namespace(**recipe, checkpoint=path, weights={}, images="")
     model = torch.nn.Linear(1, 30_000)
     for step in range(10**6):
         model.weight.data.fill_(step)
-        train.save_checkpoint(args, 0, step, model, torch.optim.SGD(model.parameters()))
+        train.save_checkpoint(args, 0, step, model, torch.optim.SGD(model.parameters()), {})
         written.value = step
 
 
@@ -287,9 +322,32 @@ def test_a_run_with_another_recipe_is_not_continued(argv, tmp_path):
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
+def test_a_resumed_run_has_the_same_teachers_and_tells_of_other_data(argv, tmp_path, capsys):
+    words = argv(tmp_path / "run", "--steps 1")
+    path = next(word for word in words if word.startswith("dinov2=")).partition("=")[2]
+    train.main(words)
+    assert f"teacher dinov2: {path}\n" in capsys.readouterr().out
+    content = dune.load_checkpoint(path)
+    torch.save(content, tmp_path / "same")
+    train.main([*words, "--weights", f"dinov2={tmp_path}/same", "--data", "mast3r=scenes:rooms:0-9"])
+    line, = re.findall("data: not as before.*\n", capsys.readouterr().out)
+    assert line.count("mast3r: 8 images") == line.count("mast3r: 17 images") == 1
+    content["norm.weight"][3] += 1e-3
+    torch.save(content, tmp_path / "other")
+    other = [*words, "--weights", f"dinov2={tmp_path}/other"]
+    with pytest.raises(dune.UserError, match="another dinov2 than .*/other: give it by --weights"):
+        train.main(other)
+    checkpoint = dune.load_checkpoint(tmp_path / "run/checkpoint.pt")
+    del checkpoint["fingerprints"], checkpoint["images"]  # as of a run of before
+    torch.save(checkpoint, tmp_path / "run/checkpoint.pt")
+    train.main(other)
+    exact, bf16 = (teachers.load_teacher("dinov2", path, dtype=x) for x in (torch.float32, torch.bfloat16))
+    assert exact.fingerprint == bf16.fingerprint
+
+
 def test_stage_two_starts_from_stage_one_at_another_size(argv, tmp_path):
-    with pytest.raises(dune.UserError, match="no such file: /nowhere.pt"):
-        train.main(argv(tmp_path, "--init /nowhere.pt"))
+    with pytest.raises(dune.UserError, match="no such file: /nowhere.pt"):  # told before teachers are loaded
+        train.main(argv(tmp_path, "--init /nowhere.pt --weights dinov2=/none.pth"))
     train.main(argv(tmp_path / "1", "--steps 2"))
     options = f"--preset stage2 --steps 1 --lr 1e-12 --image-size 84 --init {tmp_path}/1/checkpoint.pt"
     train.main(argv(tmp_path / "2", options))
@@ -370,6 +428,7 @@ def test_lists_and_samples(argv, tmp_path, capsys):
     ("--teachers dinov2,dinov9", "unknown or repeated teacher 'dinov9'"),
     ("--image-size 100", "is not divisible by the patch size"),
     ("--arch huge", "argument --arch: invalid choice: 'huge'"),
+    ("--arch odd", "--arch odd: embed_dim must be 64 * num_heads"),
     ("--drop 1.5", "argument --drop: '1.5' is not float from 0 to 1"),
     ("--nonsense", "unrecognized arguments: --nonsense"),
     ("--steps many", "argument --steps: 'many' is not int"),
@@ -381,13 +440,22 @@ def test_lists_and_samples(argv, tmp_path, capsys):
     ("--preset stage2", "--preset stage2 requires --init"),
     ("--preset tiny --teachers dino", "no tiny teacher for dino"),
     ("--out /proc/nowhere", "/proc/nowhere"),
-    ("--accumulate 1000", "use a larger --batch or a smaller --accumulate"),
-    ("--plot /nowhere", "no log.jsonl of a run in /nowhere"),
+    ("--accumulate 1000", "change their number, --batch or --accumulate"),
+    ("--plot /nowhere", "no log.jsonl with losses of a run in /nowhere"),
 ])
 def test_mistakes_are_one_line(options, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(dune.SIZES, "odd", dict(embed_dim=96, depth=1, num_heads=3))
     with pytest.raises(SystemExit) as leaving:
         train.run_main(lambda: train.main([*options.split(), "--device", "cpu"]))
     error = capsys.readouterr().err
     assert leaving.value.code == 2 and message in error and error.count("\n") == 1, error
     assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_tasks_of_srun_are_told_how_to_start(argv, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(dune.UserError, match="srun --ntasks-per-node=1 torchrun"):
+        train.main(argv(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "1")  # torchrun's, or separate runs
+    train.main(argv(tmp_path, "--steps 1"))
