@@ -803,9 +803,9 @@ def pick_device(name, index=0):
 def run_main(main):
     """Run a script's main(). A user's error is one line and exit code 2; a defect of ours a traceback."""
     try:
-        main()
+        return main()
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
     except Exception as error:
         line = format_error(error)
         if line is None:
@@ -813,12 +813,13 @@ def run_main(main):
         # All processes of a machine make the same mistake: it is told once.
         if local_rank() == 0 or not isinstance(error, UserError):
             tqdm.write(line, file=sys.stderr)
-        sys.exit(2)
+        code = 2
+    sys.exit(code)  # here the error is gone, and with it the threads of the loader
 
 
 def format_error(error):
     """An exception as one line for the user; None if it is a defect of this program."""
-    message = " ".join(str(error).split())
+    message = data.printable(" ".join(str(error).splitlines()))
     if isinstance(error, (UserError, OSError)):
         return f"error: {message}"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in message:
