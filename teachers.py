@@ -37,8 +37,7 @@ class Teacher:
     access_note     gated teachers only: the file to request at `url`
     state_dict_key  key of the state dict in the file; "": the file is the state dict
     prefix          regular expression: how the encoder's keys begin. It is cut off; other keys are ignored
-    rename          {regular expression: replacement}, from the file's key names to DINOv2's
-    layout          a name of LAYOUTS, for what renaming cannot do
+    rename          {regular expression: replacement}, where keys are in none of LAYOUTS
     vit_kwargs      options of ViT that the tensors do not show: position, eps, gelu
     pool            how the class feature is computed. "": the class token, if there is one. "attention": an
                     AttentionPool of the patch tokens (SigLIP). "mean": norm(mean of the patch tokens), and
@@ -55,7 +54,6 @@ class Teacher:
     state_dict_key: str = ""
     prefix: str = ""
     rename: dict = field(default_factory=dict)
-    layout: str = ""
     vit_kwargs: dict = field(default_factory=dict)
     pool: str = ""
     distill_cls: bool = True
@@ -73,6 +71,7 @@ def vit_shape(size, patch_size, registers=0, **options):
     return shape | options
 
 
+GIANT = dict(embed_dim=1536, depth=40, num_heads=24, gelu="swiglu")  # for teachers only
 META = "https://dl.fbaipublicfiles.com/"
 DINOV2 = META + "dinov2/dinov2_{0}/dinov2_{0}{1}_pretrain.pth"
 NAVER = "https://download.europe.naverlabs.com/ComputerVision/"
@@ -103,16 +102,7 @@ DEPTH_ANYTHING = dict(
 SIGLIP = dict(
     license="Apache-2.0",
     prefix=r"vision_model\.",
-    rename={
-        r"^embeddings\.patch_embedding\.": "patch_embed.proj.",
-        r"^embeddings\.position_embedding\.weight$": "pos_embed",
-        r"^encoder\.layers\.": "blocks.",
-        r"\.layer_norm(\d)\.": r".norm\1.",
-        r"\.self_attn\.out_proj\.": ".attn.proj.",
-        r"^post_layernorm\.": "norm.",
-        r"^head\.": "pool.",
-    },
-    layout="siglip",
+    rename={r"^head\.": "pool."},
     vit_kwargs=dict(position="size", gelu="tanh"),
     pool="attention",
     mean_std=MEAN_STD_HALF,
@@ -120,11 +110,6 @@ SIGLIP = dict(
 )
 DINOV3 = dict(
     prefix=r"(?!local_cls_norm\.)",
-    rename={
-        r"^storage_tokens$": "register_tokens",
-        r"^rope_embed\.periods$": "rope_periods",
-    },
-    layout="dinov3",
     vit_kwargs=dict(position="rope_centered", eps=1e-5),
     generic=True,
 )
@@ -134,6 +119,37 @@ DINOV3_GATED = dict(
     license="DINOv3 License",
 )
 EUPE = dict(DINOV3, license="FAIR noncommercial", access_note="its .pt file")
+
+WRAPPERS = r"((module|_orig_mod|backbone|dinov[23]\w*)\.)*"  # what trainers put before an encoder's keys
+# How files name an encoder's tensors: {layout: (the key that shows it, {regular expression: replacement})}
+LAYOUTS = {
+    "the original or timm's": (
+        r"patch_embed\.proj\.weight",
+        {
+            r"^(storage_tokens|reg_token)$": "register_tokens",
+            r"^rope_embed\.periods$": "rope_periods",
+            r"\.gamma_(\d)$": r".ls\1.gamma",
+            r"\.mlp\.w12\.": ".mlp.fc1.",
+            r"\.mlp\.w3\.": ".mlp.fc2.",
+        },
+    ),
+    "Hugging Face's": (
+        r"embeddings\.patch_embeddings?\.(projection\.)?weight",
+        {
+            r"^embeddings\.patch_embeddings?\.(projection\.)?": "patch_embed.proj.",
+            r"^embeddings\.position_embeddings?(\.weight)?$": "pos_embed",
+            r"^embeddings\.": "",
+            r"^((encoder|model)\.)?layers?\.": "blocks.",
+            r"\.layer_norm(\d)\.": r".norm\1.",
+            r"\.(self_attn|attention|attention\.attention)\.([qkv])(_proj|uery|ey|alue)\.": r".attn.\2.",
+            r"\.(self_attn\.out_proj|attention\.o_proj|attention\.output\.dense)\.": ".attn.proj.",
+            r"\.layer_scale(\d)\.lambda1$": r".ls\1.gamma",
+            r"\.mlp\.(weights_in|up_proj)\.": ".mlp.fc1.",
+            r"\.mlp\.(weights_out|down_proj)\.": ".mlp.fc2.",
+            r"^(post_)?layernorm\.": "norm.",
+        },
+    ),
+}
 
 TEACHERS = {
     # DUNE's three: images of objects, 3D scenes, people. Its DINOv2 resizes positions with the 0.1 offset.
@@ -157,7 +173,7 @@ TEACHERS = {
         domain="people",
         shape=vit_shape("large", 14),
     ),
-    # DINOv2 as its hub builds it, and smaller ones without registers.
+    # DINOv2 as its hub builds it, and other sizes.
     "dinov2_reg": Teacher(
         url=DINOV2.format("vitl14", "_reg4"),
         license="Apache-2.0",
@@ -177,6 +193,19 @@ TEACHERS = {
         generic=True,
         shape=vit_shape("base", 14),
     ),
+    "dinov2_vitg14": Teacher(
+        url=DINOV2.format("vitg14", ""),
+        license="Apache-2.0",
+        generic=True,
+        shape=vit_shape("large", 14, **GIANT),
+    ),
+    "dinov2_vitg14_reg": Teacher(
+        url=DINOV2.format("vitg14", "_reg4"),
+        license="Apache-2.0",
+        vit_kwargs=dict(position="antialias"),
+        generic=True,
+        shape=vit_shape("large", 14, registers=4, **GIANT),
+    ),
     # UNIC's four.
     "dino": Teacher(
         url=META + "dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
@@ -194,8 +223,6 @@ TEACHERS = {
         license="Apache-2.0",
         state_dict_key="model",
         prefix=r"(?!head\.)",
-        rename={r"\.gamma_(\d)$": r".ls\1.gamma"},
-        layout="deit3",
         shape=vit_shape("base", 16, layer_scale=1e-4),
     ),
     "dbotft": Teacher(
@@ -425,8 +452,9 @@ def load_teacher(name, weights=None, device="cpu", dtype=torch.float32):
     """A FrozenTeacher, its size read off the weights.
 
     name     a row of TEACHERS
-    weights  a file in the published layout. None: the published file, downloaded. "random": random weights of
-             the published size, the same ones every time. "tiny": a specialist, trained if it is missing
+    weights  a file in a layout of LAYOUTS, or a folder with model.safetensors. None: the published file,
+             downloaded. "random": random weights of the published size, the same ones every time. "tiny": a
+             specialist, trained if it is missing
 
     Raises UserError for an unknown name, and for a file that is missing, damaged or of another layout.
     """
@@ -472,50 +500,84 @@ def load_encoder(row, content):
 
 
 def encoder_state(row, content):
-    """The encoder's tensors in the content of a published file, under the names of ViT and AttentionPool."""
+    """The encoder's tensors in the content of a file, under the names of ViT and AttentionPool."""
     if row.state_dict_key:
         content = content[row.state_dict_key]
+    elif "teacher" in content:  # a training checkpoint of DINO or DINOv2
+        content = content["teacher"]
     state = {}
     for key, value in content.items():
         match = re.match(row.prefix, key)
         if match and torch.is_tensor(value):
-            name = key[match.end():]
-            for pattern, replacement in row.rename.items():
-                name = re.sub(pattern, replacement, name)
-            state[name] = value
+            state[rename(key[match.end():], row.rename)] = value
+    prefix, patterns = recognize(state, content)
+    state = {rename(key, patterns): value for key, value in dune.strip_prefix(state, prefix).items()}
     state = dune.normalize_keys(state)
-    if row.layout:
-        LAYOUTS[row.layout](state)
+    join_qkv(state)
+    if "pos_embed" in state:
+        add_class_position(state)
+    if row.vit_kwargs.get("position") == "rope_centered":
+        from_dinov3(state)
     return state
 
 
-def from_deit3(state):
-    """DeiT-3 has positions for patches only: the class token gets a zero."""
-    state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))
+def rename(key, patterns):
+    for pattern, replacement in patterns.items():
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def recognize(state, content):
+    """(what to cut off the keys of `state`, the patterns of its layout). UserError if it has none of them.
+
+    content: the file's, to name its keys.
+    """
+    for key in state:
+        for shown_by, patterns in LAYOUTS.values():
+            match = re.fullmatch(f"({WRAPPERS}){shown_by}", key)
+            if match:
+                return match[1], patterns
+    keys = ", ".join(map(str, list(content)[:3]))
+    raise UserError(f"unknown layout, its first keys: {keys}; known layouts: {', '.join(LAYOUTS)}")
+
+
+def join_qkv(state):
+    """Hugging Face keeps q, k and v in three tensors; DINOv3's k has no bias, which would change nothing."""
+    for key in list(state):
+        if ".attn.q." in key:
+            keys = [key.replace(".q.", f".{x}.") for x in "qkv"]
+            if state[key].ndim == 1:
+                state.setdefault(keys[1], torch.zeros_like(state[key]))
+            state[key.replace(".q.", ".qkv.")] = torch.cat([state.pop(key) for key in keys])
+
+
+def add_class_position(state):
+    """timm's and DeiT-3's positions are of patches alone: the class token gets 0. SigLIP's lack an axis."""
+    position = state["pos_embed"]
+    position = position.reshape(1, -1, position.shape[-1])
+    if "cls_token" in state and math.isqrt(position.shape[1])**2 == position.shape[1]:
+        position = F.pad(position, (0, 0, 1, 0))
+    state["pos_embed"] = position
 
 
 def from_dinov3(state):
     """A mask multiplies the bias of q, k and v. DINOv3's RoPE pairs channel j of a head with j + 32, ours j
     with j + 16 in each half of a head: with the middle quarters of q's and k's rows swapped they agree.
+
+    Without masks the file is Hugging Face's or timm's. They leave out the periods, and timm a bias of zero.
     """
+    quarter = HEAD_DIM // 4
+    if "blocks.0.attn.qkv.bias_mask" not in state:
+        state.setdefault("rope_periods", 100 ** (torch.arange(quarter) / quarter))
+        for key in list(state):
+            if key.endswith(".attn.qkv.weight"):
+                state.setdefault(key.replace("weight", "bias"), torch.zeros(len(state[key])))
     for key in list(state):
         if key.endswith((".attn.qkv.weight", ".attn.qkv.bias")):
             qkv = state[key] * state.pop(f"{key}_mask", 1)
-            qkv = qkv.unflatten(0, (3, -1, 4, HEAD_DIM // 4))  # [3, heads, 4 quarters, 16, ...]
+            qkv = qkv.unflatten(0, (3, -1, 4, quarter))  # [3, heads, 4 quarters, 16, ...]
             qkv[:2] = qkv[:2, :, [0, 2, 1, 3]]
             state[key] = qkv.flatten(0, 3)
-
-
-def from_siglip(state):
-    """SigLIP keeps q, k and v in three tensors, and its positions have no batch dimension."""
-    state["pos_embed"] = state["pos_embed"][None]
-    for key in list(state):
-        if ".self_attn.q_proj." in key:
-            qkv = [state.pop(key.replace("q_proj", name)) for name in ("q_proj", "k_proj", "v_proj")]
-            state[key.replace("self_attn.q_proj", "attn.qkv")] = torch.cat(qkv)
-
-
-LAYOUTS = {"deit3": from_deit3, "dinov3": from_dinov3, "siglip": from_siglip}
 
 
 # ---- Probes and tiny specialists ---------------------------------------------------------------------------
@@ -1015,6 +1077,12 @@ def load_two_view(weights=None, device="cpu"):
                 name = key.removeprefix("mast3r.").replace("dpt.scratch.", "dpt.")
                 state[name] = value
         blocks = {key.split(".")[1] for key in state if key.startswith("dec_blocks.")}
+        twins = {}  # a file with one set of blocks uses them for both views
+        for key, value in state.items():
+            if key.startswith("dec_blocks."):
+                twins[key.replace("dec_blocks", "dec_blocks2")] = value
+        if not twins.keys() & state.keys():
+            state.update(twins)
         with torch.device("meta"):
             model = TwoView(encoder, len(state["decoder_embed.bias"]), len(blocks), own_norm=on_dune)
         dune.load_strict(model, state)
