@@ -86,6 +86,16 @@ class DUNE(nn.Module):
             projected["cls"] = None
         return projected
 
+    def as_teacher(self, images, name):
+        """What student(images)[name] says, in the teacher's own scale: {"cls": [B, D_t] or None, "patch"}."""
+        tokens = self.encoder.tokens(images, return_all_blocks=self.projectors[name].uses_all_blocks)
+        features = self.project(name, tokens)
+        norm = self.teacher_norms[name]
+        for token_type in norm.normalizers:
+            mean, std = norm.statistics(token_type)
+            features[token_type] = features[token_type] * std + mean
+        return features
+
 
 # ---- Standardization of the teachers' features -------------------------------------------------------------
 
