@@ -307,8 +307,8 @@ def command_study(args):
 
 
 def own_heads(models, scenes):
-    """What the head that a teacher was trained with, which the file of a tiny specialist holds, reads off the
-    teacher, and unchanged off the student in the teacher's scale: {row: {column: number}}, perhaps empty."""
+    """How well each teacher's own head, which it was trained with, works on the teacher and, unchanged, on the
+    student in the teacher's scale: {row: {column: number}}. Only files of tiny specialists hold a head."""
     student = models.student
     rows = {}
     for name, teacher in models.teachers.items():
@@ -319,7 +319,7 @@ def own_heads(models, scenes):
         dune.load_strict(head, teacher.head).to(models.device)
         extractors = {"teacher": models.extractors[name]}
         if student and name in student.projectors:
-            extractors["student"] = partial(extract, partial(student.as_teacher, name=name), models.device)
+            extractors["student"] = partial(extract, partial(student.as_teacher, teacher=name), models.device)
         for row, extractor in extractors.items():
             with torch.no_grad():
                 predictions = head(extractor(scenes[domain].test["image"]))
@@ -1288,7 +1288,7 @@ HF_KEYS = {  # DINOv2's keys -> those of transformers
 def command_export(args):
     path = f"{args.run}/checkpoint.pt" if args.run else args.checkpoint
     if not path:
-        raise UserError("specify a student: --run or --checkpoint")
+        raise UserError("specify a model: --run or --checkpoint")
     encoder = dune.load(path, encoder_only=True)
     size = encoder.grid * encoder.patch_size
     shape = (f"img_size={size}, patch_size={encoder.patch_size}, embed_dim={encoder.embed_dim}, "
@@ -1309,12 +1309,12 @@ def command_export(args):
         path = os.path.join(folder, "model.pth")
         with data.atomic_write(path) as file:
             torch.save(state, file)
-        call = (f"DinoVisionTransformer({shape}, num_register_tokens={encoder.registers}, "
-                f"init_values=1.0, block_chunks=0) and load_state_dict(torch.load({path!r}))")
+        call = (f"dinov2.models.vision_transformer.DinoVisionTransformer({shape}, init_values=1.0, "
+                f"num_register_tokens={encoder.registers}, block_chunks=0).load_state_dict(torch.load({path!r}))")
     print(f"wrote {path}\nopen it by {call}")
     if args.to != "dinov2":
         print(f"Its features are the student's at {size}x{size}. At other sizes they are some percent off, "
-              "because positions are resized in another way.")
+              "because that code resizes positions in another way.")
 
 
 def dinov2_state(encoder):
@@ -1327,7 +1327,7 @@ def dinov2_state(encoder):
 
 
 def timm_state(state):
-    """Changes `state`. With registers, timm has positions of patches alone: the class token holds its own."""
+    """Changes `state`. With registers, timm's positions are those of patches: the class token holds its own."""
     state.pop("mask_token")
     if "register_tokens" in state:
         cls_position, state["pos_embed"] = state["pos_embed"].tensor_split([1], 1)
@@ -1389,11 +1389,11 @@ def write_safetensors(path, tensors):
 def write_results(args, rows, picture=None, spread=None, **more):
     """The end of a command: print the table, write the JSON file."""
     print_table(rows, spread)
+    if more.get("own_heads"):
+        print("the head that each teacher was trained with, unchanged, on the teacher and on the student")
+        print_table(more["own_heads"])
     path = output_path(args, ".json")
     content = {"command": args.command, "results": rows, "spread": spread, **more}
-    if more.get("own_heads"):
-        print("the head that each teacher was trained with, unchanged, on the teacher and on the student:")
-        print_table(more["own_heads"])
     content = json.loads(json.dumps(content), parse_constant=lambda word: None)  # NaN is not JSON
     write_json(path, content)
     print("wrote", *filter(None, (path, picture)))
