@@ -307,8 +307,8 @@ def command_study(args):
 
 
 def own_heads(models, scenes):
-    """How well each teacher's own head, which it was trained with, works on the teacher and, unchanged, on the
-    student in the teacher's scale: {row: {column: number}}. Only files of tiny specialists hold a head."""
+    """How well the head that each teacher was trained with works on the teacher and, unchanged, on the student
+    in the teacher's scale: {row: {column: number}}. Only the files of tiny specialists hold a head."""
     student = models.student
     rows = {}
     for name, teacher in models.teachers.items():
@@ -1310,7 +1310,7 @@ def command_export(args):
         with data.atomic_write(path) as file:
             torch.save(state, file)
         call = (f"dinov2.models.vision_transformer.DinoVisionTransformer({shape}, init_values=1.0, "
-                f"num_register_tokens={encoder.registers}, block_chunks=0).load_state_dict(torch.load({path!r}))")
+                f"num_register_tokens={encoder.registers}, block_chunks=0) and load_state_dict")
     print(f"wrote {path}\nopen it by {call}")
     if args.to != "dinov2":
         print(f"Its features are the student's at {size}x{size}. At other sizes they are some percent off, "
@@ -1327,7 +1327,7 @@ def dinov2_state(encoder):
 
 
 def timm_state(state):
-    """Changes `state`. With registers, timm's positions are those of patches: the class token holds its own."""
+    """Changes `state`. With registers timm's positions are for patches alone: the class token holds its own."""
     state.pop("mask_token")
     if "register_tokens" in state:
         cls_position, state["pos_embed"] = state["pos_embed"].tensor_split([1], 1)
