@@ -307,7 +307,7 @@ def command_study(args):
 
 
 def own_heads(models, scenes):
-    """How well the head that each teacher was trained with works on the teacher and, unchanged, on the student
+    """How well the head that each teacher was trained with works on the teacher, and unchanged on the student
     in the teacher's scale: {row: {column: number}}. Only the files of tiny specialists hold a head."""
     student = models.student
     rows = {}
@@ -1327,7 +1327,7 @@ def dinov2_state(encoder):
 
 
 def timm_state(state):
-    """Changes `state`. With registers timm's positions are for patches alone: the class token holds its own."""
+    """Changes `state`. With registers timm has positions of patches only; the class token holds its own."""
     state.pop("mask_token")
     if "register_tokens" in state:
         cls_position, state["pos_embed"] = state["pos_embed"].tensor_split([1], 1)
