@@ -86,16 +86,6 @@ class DUNE(nn.Module):
             projected["cls"] = None
         return projected
 
-    def as_teacher(self, images, teacher):
-        """A stand-in until the real one is merged."""
-        tokens = self.encoder.tokens(images, self.projectors[teacher].uses_all_blocks)
-        features = self.project(teacher, tokens)
-        norm = self.teacher_norms[teacher]
-        for token_type in norm.normalizers:
-            mean, std = norm.statistics(token_type)
-            features[token_type] = features[token_type] * std + mean
-        return features
-
 
 # ---- Standardization of the teachers' features -------------------------------------------------------------
 
