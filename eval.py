@@ -5,6 +5,7 @@
     python eval.py knn --train in1k/train --test in1k/val --run out/dune     # also linear, seg, depth
     python eval.py match a.jpg b.jpg --run out/tiny
     python eval.py two-view a.jpg b.jpg         # a point cloud and the pose of the cameras
+    python eval.py export --run out/dune --to hf --out dune-hf         # the encoder for transformers or timm
 
 A table has a row for the student's encoder, for the student through each projector (--through dinov2) and for
 each teacher (--teacher dinov2). All of them stay frozen.
@@ -118,6 +119,12 @@ COMMANDS = {
         "out": MODEL["out"],
         "device": MODEL["device"],
     }, photos=2),
+    "export": Command("The student's encoder as a file of transformers, timm or DINOv2.", {
+        "run": MODEL["run"],
+        "checkpoint": MODEL["checkpoint"],
+        "to": ("hf", "transformers, timm, or DINOv2's own code", ("hf", "timm", "dinov2")),
+        "out": (None, "folder to write; if not given: export in the run's folder, or here"),
+    }),
 }
 
 
@@ -298,7 +305,30 @@ def command_study(args):
     picture = None
     if predictions:
         picture = study_picture(output_path(args, ".png"), scenes, predictions, models.grid)
-    write_results(args, rows, picture, spread, image_size=models.image_size, values=values)
+    heads = own_heads(models, scenes)
+    write_results(args, rows, picture, spread, image_size=models.image_size, values=values, own_heads=heads)
+
+
+def own_heads(models, scenes):
+    """How well the head that each teacher was trained with works on the teacher, and unchanged on the student
+    in the teacher's scale: {row: {column: number}}. Only the files of tiny specialists hold a head."""
+    student = models.student
+    rows = {}
+    for name, teacher in models.teachers.items():
+        if not teacher.head:
+            continue
+        domain = teachers.TEACHERS[name].domain
+        head = teachers.PROBES[domain](teacher.dim, models.grid)
+        dune.load_strict(head, teacher.head).to(models.device)
+        extractors = {"teacher": models.extractors[name]}
+        if student and name in student.projectors:
+            extractors["student"] = partial(extract, partial(student.as_teacher, teacher=name), models.device)
+        for row, extractor in extractors.items():
+            with torch.no_grad():
+                predictions = head(extractor(scenes[domain].test["image"]))
+            for metric, value in head.metrics(predictions, scenes[domain].test_targets).items():
+                rows.setdefault(row, {})[f"{name} {metric}"] = value
+    return rows
 
 
 def study_rows(models, seed):
@@ -1263,17 +1293,136 @@ def percentile_colors(values):
     return data.depth_colors(values, low, high)
 
 
+# ---- Export ----------------------------------------------------------------------------------------------
+
+HF_KEYS = {  # DINOv2's keys -> those of transformers
+    r"^(cls_token|register_tokens|mask_token)$": r"embeddings.\1",
+    r"^pos_embed$": "embeddings.position_embeddings",
+    r"^patch_embed\.proj\.": "embeddings.patch_embeddings.projection.",
+    r"^blocks\.": "encoder.layer.",
+    r"\.attn\.proj\.": ".attention.output.dense.",
+    r"\.ls(\d)\.gamma$": r".layer_scale\1.lambda1",
+    r"^norm\.": "layernorm.",
+}
+
+
+def command_export(args):
+    path = f"{args.run}/checkpoint.pt" if args.run else args.checkpoint
+    if not path:
+        raise UserError("specify a model: --run or --checkpoint")
+    encoder = dune.load(path, encoder_only=True)
+    size = encoder.grid * encoder.patch_size
+    shape = (f"img_size={size}, patch_size={encoder.patch_size}, embed_dim={encoder.embed_dim}, "
+             f"depth={len(encoder.blocks)}, num_heads={encoder.num_heads}")
+    state = dinov2_state(encoder)
+    folder = args.out or output_path(args, "")
+    path = os.path.join(folder, "model.safetensors")
+    if args.to == "hf":
+        write_safetensors(path, hf_state(state))
+        for name, content in hf_configs(encoder, size).items():
+            write_json(os.path.join(folder, name), content)
+        call = f"transformers.AutoModel.from_pretrained({folder!r})"
+    elif args.to == "timm":
+        write_safetensors(path, timm_state(state))
+        call = (f"timm.create_model('vit_base_patch14{'_reg4' * bool(encoder.registers)}_dinov2', {shape}, "
+                f"reg_tokens={encoder.registers}, checkpoint_path={path!r})")
+    else:
+        path = os.path.join(folder, "model.pth")
+        with data.atomic_write(path) as file:
+            torch.save(state, file)
+        call = (f"dinov2.models.vision_transformer.DinoVisionTransformer({shape}, init_values=1.0, "
+                f"num_register_tokens={encoder.registers}, block_chunks=0) and load_state_dict")
+    print(f"wrote {path}\nopen it by {call}")
+    if args.to != "dinov2":
+        print(f"Its features are the student's at {size}x{size}. At other sizes they are some percent off, "
+              "because that code resizes positions in another way.")
+
+
+def dinov2_state(encoder):
+    """A ViT's state dict as DINOv2's own code knows it: with a mask token, and LayerScale in any case."""
+    state = {**encoder.state_dict(), "mask_token": torch.zeros(1, encoder.embed_dim)}
+    for i in range(len(encoder.blocks)):
+        for name in ("ls1", "ls2"):
+            state.setdefault(f"blocks.{i}.{name}.gamma", torch.ones(encoder.embed_dim))
+    return state
+
+
+def timm_state(state):
+    """Changes `state`. With registers timm has positions of patches only; the class token holds its own."""
+    state.pop("mask_token")
+    if "register_tokens" in state:
+        cls_position, state["pos_embed"] = state["pos_embed"].tensor_split([1], 1)
+        state["cls_token"] = state["cls_token"] + cls_position
+        state["reg_token"] = state.pop("register_tokens")
+    return state
+
+
+def hf_state(state):
+    """Under the keys of transformers, which keeps q, k and v in three tensors."""
+    renamed = {}
+    for key, value in state.items():
+        for pattern, replacement in HF_KEYS.items():
+            key = re.sub(pattern, replacement, key)
+        keys = [key]
+        if ".attn.qkv." in key:
+            keys = [key.replace("attn.qkv", f"attention.attention.{x}") for x in ("query", "key", "value")]
+        renamed.update(zip(keys, value.chunk(len(keys))))
+    return renamed
+
+
+def hf_configs(encoder, size):
+    """{name of a file: its content}. What is not said is as in the defaults of transformers."""
+    config = {
+        "model_type": "dinov2_with_registers" if encoder.registers else "dinov2",
+        "image_size": size,
+        "patch_size": encoder.patch_size,
+        "num_register_tokens": encoder.registers,
+        "hidden_size": encoder.embed_dim,
+        "num_hidden_layers": len(encoder.blocks),
+        "num_attention_heads": encoder.num_heads,
+    }
+    preprocessor_config = {
+        "image_processor_type": "BitImageProcessor",
+        "size": size,
+        "crop_size": size,
+        "image_mean": data.IMAGENET_MEAN,
+        "image_std": data.IMAGENET_STD,
+    }
+    return {"config.json": config, "preprocessor_config.json": preprocessor_config}
+
+
+def write_safetensors(path, tensors):
+    """Write {name: fp32 tensor}, see dune.load_safetensors."""
+    header = {"__metadata__": {"format": "pt"}}
+    content = bytearray()
+    for name, x in tensors.items():
+        begin = len(content)
+        content += x.numpy().astype("<f4").tobytes()
+        header[name] = {"dtype": "F32", "shape": x.shape, "data_offsets": (begin, len(content))}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with data.atomic_write(path) as file:
+        file.writelines([len(text).to_bytes(8, "little"), text, content])
+
+
 # ---- Tables and files ------------------------------------------------------------------------------------
 
 def write_results(args, rows, picture=None, spread=None, **more):
     """The end of a command: print the table, write the JSON file."""
     print_table(rows, spread)
+    if more.get("own_heads"):
+        print("the head that each teacher was trained with, unchanged, on the teacher and on the student")
+        print_table(more["own_heads"])
     path = output_path(args, ".json")
     content = {"command": args.command, "results": rows, "spread": spread, **more}
     content = json.loads(json.dumps(content), parse_constant=lambda word: None)  # NaN is not JSON
+    write_json(path, content)
+    print("wrote", *filter(None, (path, picture)))
+
+
+def write_json(path, content):
     with data.atomic_write(path, "w") as file:
         json.dump(content, file, indent=1)
-    print("wrote", *filter(None, (path, picture)))
 
 
 def print_table(rows, spread=None):

@@ -358,9 +358,11 @@ class FrozenTeacher(nn.Module):
            all else is fp32, also the residual stream
 
     gives_cls: it returns a class feature; has_cls: the student learns it.
+    head: state dict of the probe that a tiny specialist was trained with; None: the file holds none.
     file: where the weights are from; fingerprint: a number that other weights do not have.
     """
 
+    head = None
     file = "random weights"
 
     def __init__(self, name, vit, dtype=torch.float32):
@@ -473,8 +475,10 @@ def load_teacher(name, weights=None, device="cpu", dtype=torch.float32):
         weights = prepare_specialist(name)
     path = str(weights or dune.download(row.url))
     with dune.user_errors(path):
-        vit = load_encoder(row, dune.load_checkpoint(path))
+        content = dune.load_checkpoint(path)
+        vit = load_encoder(row, content)
     teacher = FrozenTeacher(name, vit, dtype).to(device)
+    teacher.head = content.get("probe")
     teacher.file = path
     return teacher
 

@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 
 import data
 import dune
 import eval as ev
 import teachers
+from conftest import ROOT
 from dune import UserError
 
 
@@ -172,7 +174,7 @@ def test_depth_finds_the_halves(tmp_path, teacher, suffix, values):
 
 # ---- The study, losses, pictures of features
 
-def test_study_tells_every_encoder_by_the_same_columns(run, monkeypatch):
+def test_study_tells_every_encoder_by_the_same_columns(run, monkeypatch, capsys):
     args, student = run
     for name, value in (("train", 60), ("test", 30), ("steps", 4)):
         monkeypatch.setitem(ev.STUDY, name, value)
@@ -187,6 +189,27 @@ def test_study_tells_every_encoder_by_the_same_columns(run, monkeypatch):
     assert rows["student"]["objects linear"] == pytest.approx((first + second) / 2)
     assert result("study", "spread")["student"]["objects linear"] == pytest.approx(abs(first - second) / 2)
     assert Image.open("study.png").width > 11 * ev.CELL
+    assert "own head" not in capsys.readouterr().out
+
+
+def test_a_teachers_own_head_is_only_read(run, monkeypatch, capsys):
+    """As trained with the teacher: on its features, and on the student's in its scale."""
+    args, student = run
+    for name, value in (("train", 10), ("test", 6), ("steps", 1)):
+        monkeypatch.setitem(ev.STUDY, name, value)
+    head = teachers.RoomsProbe(64, (8, 8))
+    content = torch.load("mast3r.pth")
+    torch.save({**content, "probe": head.state_dict()}, "mast3r.pth")
+    ev.main(["study", *args, "--seeds", "1"])
+    scenes = data.labelled_scenes("rooms", ev.TEST_SEED, 6, 112)
+    images = data.normalize(scenes["image"])
+    rows = result("study", "own_heads")
+    with torch.no_grad():
+        for row, features in (("teacher", teachers.load_teacher("mast3r", "mast3r.pth")(images, (8, 8))),
+                              ("student", student.as_teacher(images, "mast3r"))):
+            metrics = head.metrics(head(features), head.targets(scenes))
+            assert rows[row] == pytest.approx({f"mast3r {name}": x for name, x in metrics.items()}, rel=0.05)
+    assert "mast3r normals" in capsys.readouterr().out
 
 
 def test_losses_are_by_the_running_statistics(run):
@@ -326,6 +349,39 @@ def test_two_photographs_to_3d(tmp_path, monkeypatch, capsys):
     assert torch.allclose(translation, Known.translation, atol=1e-4)
 
 
+# ---- Export
+
+@pytest.mark.parametrize("to", ("hf", "timm", "dinov2"))
+@pytest.mark.parametrize("registers", (4, 0))
+def test_an_export_is_what_its_package_writes(to, registers, golden, capsys, close):
+    """Names and shapes are those of files of that package. Read back as a teacher: the same features."""
+    torch.manual_seed(0)
+    encoder = dune.ViT(56, 14, 64, 2, 1, registers, layer_scale=None if registers else 0.1).eval()
+    for x in encoder.parameters():
+        nn.init.normal_(x, std=0.2)
+    torch.save({"model": {f"encoder.{key}": x for key, x in encoder.state_dict().items()}}, "student.pt")
+    ev.main(["export", "--checkpoint", "student.pt", "--to", to, "--out", "there"])
+    assert ("At other sizes" in capsys.readouterr().out) == (to != "dinov2")
+    path = "there/model.pth" if to == "dinov2" else "there/model.safetensors"
+    ours = dune.load_checkpoint(path)
+    if to == "dinov2":
+        assert ours.keys() ^ golden("dinov2_reg")["checkpoint"].keys() <= {"register_tokens"}
+    else:
+        name = f"{to}_dinov2_reg" if registers else f"{to}_dinov2"
+        theirs = dune.load_checkpoint(f"{ROOT}/tests/golden/hub/{name}.safetensors")
+        assert {key: x.shape for key, x in ours.items()} == {key: x.shape for key, x in theirs.items()}
+    images = torch.randn(2, 3, 56, 84)
+    features = teachers.load_teacher("dinov2", path)(images)
+    for token_type, x in encoder(images).items():
+        close(features[token_type], x)
+    if to == "hf":
+        with open("there/config.json") as file:
+            config = json.load(file)
+        sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1, "image_size": 56}
+        assert config == {**config, **sizes, "patch_size": 14, "num_register_tokens": registers}
+        assert config["model_type"] == "dinov2" + "_with_registers" * bool(registers)
+
+
 # ---- Wrong input
 
 def test_wrong_input_is_one_line(tmp_path, teacher):
@@ -371,8 +427,9 @@ def test_wrong_input_is_one_line(tmp_path, teacher):
         with pytest.raises(UserError, match=message) as error:
             ev.main([words[0], *options, *words[1:]])
         assert "\n" not in str(error.value)
-    for words in (["study"], ["knn", "--train", "classes", "--test", "classes", "--through", "dinov2"]):
-        with pytest.raises(UserError, match="specify a model: --run, --checkpoint or --teacher"):
+    for words in (["study"], ["knn", "--train", "classes", "--test", "classes", "--through", "dinov2"],
+                  ["export"]):
+        with pytest.raises(UserError, match="specify a model: --run"):
             ev.main(words)
     with pytest.raises(UserError, match="at least 5 lines of 2 teachers"):
         ev.main(["alignment", "--run", "."])

@@ -216,6 +216,7 @@ COMMANDS = {
     "alignment": (evaluation, "alignment --run {folder}/run --out {out}/x"),
     "knn": (evaluation, f"knn {PROBE}"),
     "seg": (evaluation, f"seg {PROBE} --steps 1"),
+    "export": (evaluation, "export --run {folder}/run --out {out}"),
 }
 
 
@@ -231,7 +232,7 @@ def test_a_disk_that_takes_nothing(command, disk, folder, tmp_path, monkeypatch)
     if disk == "a file in the way":
         out.write_text("")
     elif disk == "a folder in the way":
-        for name in ("checkpoint.pt", "samples.png", "x.json", "x.png"):
+        for name in ("checkpoint.pt", "samples.png", "x.json", "x.png", "model.safetensors"):
             (out / name / "inside").mkdir(parents=True)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if disk == "full":
