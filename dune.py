@@ -57,6 +57,7 @@ class DUNE(nn.Module):
     def __init__(self, encoder, teachers, projector="tp", norm="dune", **projector_options):
         super().__init__()
         self.encoder = encoder
+        self.projector = projector
         self.projectors = nn.ModuleDict()
         self.teacher_norms = nn.ModuleDict()
         self.recipe = {}
@@ -80,6 +81,21 @@ class DUNE(nn.Module):
         for name in self.projectors:
             outputs[name] = self.project(name, tokens, index[name] if index else None)
         return outputs
+
+    def as_teacher(self, images, teacher):
+        """What forward() says of one teacher, in the scale of the teacher's own features.
+
+        images [B, 3, H, W] -> {"cls": [B, D_t] or None, "patch": [B, N, D_t]}. For the teacher's own head, as
+        Multi-HMR's, which then runs on the student unchanged. A head that is trained on the student loses
+        less, which is what the paper does (DUNE section 4).
+        """
+        tokens = self.encoder.tokens(images, self.projectors[teacher].uses_all_blocks)
+        features = self.project(teacher, tokens)
+        norm = self.teacher_norms[teacher]
+        for token_type in norm.normalizers:
+            mean, std = norm.statistics(token_type)
+            features[token_type] = features[token_type] * std + mean
+        return features
 
     def project(self, teacher, tokens, index=None):
         """Apply the projector of one teacher to tokens[index]: {"cls": [b_t, D_t] or None, "patch"}."""
@@ -360,16 +376,27 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """gelu: "none" for the exact GELU, "tanh" for its approximation."""
+    """gelu: "none" for the exact GELU, "tanh" for its approximation.
+
+    "swiglu", of DINOv2's ViT-g: silu(first half) * second half of fc1's output, which is wider by a third.
+    """
 
     def __init__(self, dim, hidden_dim, out_dim=None, gelu="none"):
         super().__init__()
         self.gelu = gelu
-        self.fc1 = nn.Linear(dim, hidden_dim)
+        in_dim = hidden_dim
+        if gelu == "swiglu":
+            hidden_dim = (hidden_dim * 2 // 3 + 7) // 8 * 8
+            in_dim = 2 * hidden_dim
+        self.fc1 = nn.Linear(dim, in_dim)
         self.fc2 = nn.Linear(hidden_dim, out_dim or dim)
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate=self.gelu))
+        x = self.fc1(x)
+        if self.gelu == "swiglu":
+            gate, x = x.chunk(2, -1)
+            return self.fc2(F.silu(gate) * x)
+        return self.fc2(F.gelu(x, approximate=self.gelu))
 
 
 class LayerScale(nn.Module):
@@ -416,7 +443,7 @@ class ViT(nn.Module):
                  checkpoint)
     layer_scale  initial value of LayerScale, None for no LayerScale
     drop_path    stochastic depth of the last block, rising linearly from 0 at the first
-    eps, gelu    of the LayerNorms and of the MLPs
+    eps, gelu    of the LayerNorms; of the MLPs, see Mlp
     """
 
     def __init__(self, image_size=336, patch_size=14, embed_dim=768, depth=12, num_heads=12, registers=4, *,
@@ -468,12 +495,12 @@ class ViT(nn.Module):
         x = x.to(self.norm.weight.dtype)  # the residual stream stays fp32 under autocast
         # [0]: or the gradient for a single image is a slice with odd strides, of which DDP warns.
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token[0].expand(len(x), -1, -1), x], 1)
+            x = torch.cat([self.cls_token[0].expand(x.shape[0], -1, -1), x], 1)
         if self.pos_embed is not None:
             x = x + self.interpolate_pos_embed(rows, cols)
         # Registers go first: attention ignores the order, and x[:, registers:] is then class + patches.
         if self.register_tokens is not None:
-            x = torch.cat([self.register_tokens[0].expand(len(x), -1, -1), x], 1)
+            x = torch.cat([self.register_tokens[0].expand(x.shape[0], -1, -1), x], 1)
         rope = None
         if self.pos_embed is None:
             head_dim = self.embed_dim // self.num_heads
@@ -519,7 +546,7 @@ SIZES = {  # standard ViT sizes, and tiny for a laptop; embed_dim is 64 * num_he
 
 def token_grid(images, patch_size):
     """(rows, cols) of the tokens of images [..., H, W]. UserError if the patch size does not divide H, W."""
-    height, width = images.shape[-2:]
+    height, width = (int(side) for side in images.shape[-2:])  # while being traced they are tensors
     if height % patch_size or width % patch_size:
         raise UserError(f"image size {height}x{width} is not divisible by the patch size {patch_size}")
     return height // patch_size, width // patch_size
@@ -527,7 +554,8 @@ def token_grid(images, patch_size):
 
 def attention(q, k, v):
     """softmax(q k^T / sqrt(d)) v of [B, heads, N, d]."""
-    if q.device.type != "cpu" or not q.requires_grad or k.shape[-2] > 512:
+    fused = q.device.type != "cpu" or not q.requires_grad or k.shape[-2] > 512
+    if fused or torch.jit.is_tracing():  # torch.jit.trace compares traces with and without gradients
         return F.scaled_dot_product_attention(q, k, v)
     # In training on a CPU with few tokens, in bf16, the fused attention is eight times slower than this.
     return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
@@ -614,6 +642,9 @@ def load(path_or_name, encoder_only=False):
     with user_errors(path):
         state = our_state_dict(content)
         encoder_state = strip_prefix(state, "encoder.")
+        if not encoder_state:
+            raise UserError(f"holds no student; its first keys: {', '.join(list(state)[:3])}; "
+                            "a teacher's file is given with its name, --weights NAME=FILE")
         encoder = vit_from_state(encoder_state)
         if encoder_only:
             return load_strict(encoder, encoder_state).eval()
@@ -623,7 +654,7 @@ def load(path_or_name, encoder_only=False):
 
 def our_state_dict(content):
     """The state dict of a checkpoint of ours, of DUNE's or of UNIC's, under our keys."""
-    tensors = dict(content["model"])
+    tensors = dict(content.get("model", content))
     # UNIC keeps its running averages separately.
     for teacher, token_stats in content.get("teacher_ft_stats", {}).items():
         for token_type, stats in token_stats.items():
@@ -676,7 +707,9 @@ def vit_from_state(state, **options):
     num_patches = state["pos_embed"].shape[1] - class_token if "pos_embed" in state else 1
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
     layer_scale = 1e-4 if "blocks.0.ls1.gamma" in state else None
-    options = {"class_token": class_token, "layer_scale": layer_scale, **options}
+    gated = state["blocks.0.mlp.fc1.weight"].shape[0] == 2 * state["blocks.0.mlp.fc2.weight"].shape[1]
+    gelu = "swiglu" if gated else "none"
+    options = {"class_token": class_token, "layer_scale": layer_scale, "gelu": gelu, **options}
     with torch.device("meta"):
         image_size = math.isqrt(num_patches) * patch_size
         return ViT(image_size, patch_size, embed_dim, depth, embed_dim // 64, registers, **options)
@@ -709,11 +742,15 @@ def load_strict(module, state):
 def load_checkpoint(path):
     """The content of a checkpoint or a .safetensors file, tensors on the CPU. UserError if it is none.
 
-    No code in the file is executed: weights_only=True, and argparse.Namespace as the only class besides
-    tensors.
+    path may be a folder that holds model.safetensors, as Hugging Face's. No code in the file is executed:
+    weights_only=True, and argparse.Namespace as the only class besides tensors.
     """
     path = str(path)
+    if os.path.isdir(path):
+        path = os.path.join(path, "model.safetensors")
     if not os.path.isfile(path):
+        if os.path.exists(f"{path}.index.json"):
+            raise UserError(f"{path} is split into several files: save it as one (max_shard_size)")
         raise UserError(f"no such file: {path}")
     with user_errors(path):
         if path.endswith(".safetensors"):

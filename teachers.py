@@ -35,10 +35,9 @@ class Teacher:
     url             address of the weights; of a gated teacher: the page where one requests them
     license         license of the weights
     access_note     gated teachers only: the file to request at `url`
-    state_dict_key  key of the state dict in the file; "": the file is the state dict
-    prefix          regular expression: how the encoder's keys begin. It is cut off; other keys are ignored
-    rename          {regular expression: replacement}, from the file's key names to DINOv2's
-    layout          a name of LAYOUTS, for what renaming cannot do
+    prefix          regular expression: how the encoder's keys begin, with the name of the state dict in the
+                    file. It is cut off; other keys are ignored
+    rename          {regular expression: replacement}, for key names that LAYOUTS does not know
     vit_kwargs      options of ViT that the tensors do not show: position, eps, gelu
     pool            how the class feature is computed. "": the class token, if there is one. "attention": an
                     AttentionPool of the patch tokens (SigLIP). "mean": norm(mean of the patch tokens), and
@@ -52,10 +51,8 @@ class Teacher:
     url: str
     license: str
     access_note: str = ""
-    state_dict_key: str = ""
-    prefix: str = ""
+    prefix: str = r"(teacher\.)?((module|_orig_mod|backbone|dinov[23]\w*)\.)*"  # as people save them
     rename: dict = field(default_factory=dict)
-    layout: str = ""
     vit_kwargs: dict = field(default_factory=dict)
     pool: str = ""
     distill_cls: bool = True
@@ -73,6 +70,7 @@ def vit_shape(size, patch_size, registers=0, **options):
     return shape | options
 
 
+GIANT = dict(embed_dim=1536, depth=40, num_heads=24, gelu="swiglu")  # for teachers only
 META = "https://dl.fbaipublicfiles.com/"
 DINOV2 = META + "dinov2/dinov2_{0}/dinov2_{0}{1}_pretrain.pth"
 NAVER = "https://download.europe.naverlabs.com/ComputerVision/"
@@ -84,16 +82,15 @@ SIGLIP2 = HUB + "google/siglip2-{}-patch16-256/resolve/main/model.safetensors"
 # What the rows of one family share.
 CROCO = dict(
     license="CC BY-NC-SA 4.0",
-    state_dict_key="model",
-    prefix=r"enc_(?=blocks|norm)|(?=patch_embed\.)",  # enc_blocks.0 becomes blocks.0; patch_embed is kept
+    prefix=r"model\.",
+    rename={r"^enc_|^(?!enc_|patch_embed\.).*": ""},  # enc_blocks.0 becomes blocks.0; the decoder is left out
     vit_kwargs=dict(position="rope"),
     domain="rooms",
     shape=vit_shape("large", 16, class_token=False),
 )
 DUNE = dict(
     license="CC BY-NC-SA 4.0",
-    state_dict_key="model",
-    prefix=r"((module|_orig_mod)\.)*encoder\.",
+    prefix=r"model\.((module|_orig_mod)\.)*encoder\.",
 )
 DEPTH_ANYTHING = dict(
     prefix=r"pretrained\.",
@@ -103,28 +100,14 @@ DEPTH_ANYTHING = dict(
 SIGLIP = dict(
     license="Apache-2.0",
     prefix=r"vision_model\.",
-    rename={
-        r"^embeddings\.patch_embedding\.": "patch_embed.proj.",
-        r"^embeddings\.position_embedding\.weight$": "pos_embed",
-        r"^encoder\.layers\.": "blocks.",
-        r"\.layer_norm(\d)\.": r".norm\1.",
-        r"\.self_attn\.out_proj\.": ".attn.proj.",
-        r"^post_layernorm\.": "norm.",
-        r"^head\.": "pool.",
-    },
-    layout="siglip",
+    rename={r"^head\.": "pool."},
     vit_kwargs=dict(position="size", gelu="tanh"),
     pool="attention",
     mean_std=MEAN_STD_HALF,
     generic=True,
 )
 DINOV3 = dict(
-    prefix=r"(?!local_cls_norm\.)",
-    rename={
-        r"^storage_tokens$": "register_tokens",
-        r"^rope_embed\.periods$": "rope_periods",
-    },
-    layout="dinov3",
+    rename={r"^local_cls_norm\..*": ""},
     vit_kwargs=dict(position="rope_centered", eps=1e-5),
     generic=True,
 )
@@ -134,6 +117,38 @@ DINOV3_GATED = dict(
     license="DINOv3 License",
 )
 EUPE = dict(DINOV3, license="FAIR noncommercial", access_note="its .pt file")
+
+# How files name the tensors of an encoder, after the row's prefix:
+# {layout: (the key by which it is recognized, {regular expression: our name})}
+LAYOUTS = {
+    "original or timm's": (
+        r"patch_embed\.proj\.weight",
+        {
+            r"^(storage_tokens|reg_token)$": "register_tokens",
+            r"^rope_embed\.periods$": "rope_periods",
+            r"\.gamma_(\d)$": r".ls\1.gamma",
+            r"\.mlp\.w12\.": ".mlp.fc1.",
+            r"\.mlp\.w3\.": ".mlp.fc2.",
+            r"^probe\..*": "",  # of a tiny specialist
+        },
+    ),
+    "Hugging Face's": (
+        r"embeddings\.patch_embeddings?\.(projection\.)?weight",
+        {
+            r"^embeddings\.patch_embeddings?\.(projection\.)?": "patch_embed.proj.",
+            r"^embeddings\.position_embeddings?(\.weight)?$": "pos_embed",
+            r"^embeddings\.": "",
+            r"^(encoder\.)?layers?\.": "blocks.",
+            r"\.layer_norm(\d)\.": r".norm\1.",
+            r"\.(self_attn|attention|attention\.attention)\.([qkv])(_proj|uery|ey|alue)\.": r".attn.\2.",
+            r"\.(self_attn\.out_proj|attention\.o_proj|attention\.output\.dense)\.": ".attn.proj.",
+            r"\.layer_scale(\d)\.lambda1$": r".ls\1.gamma",
+            r"\.mlp\.(weights_in|up_proj)\.": ".mlp.fc1.",
+            r"\.mlp\.(weights_out|down_proj)\.": ".mlp.fc2.",
+            r"^(post_)?layernorm\.": "norm.",
+        },
+    ),
+}
 
 TEACHERS = {
     # DUNE's three: images of objects, 3D scenes, people. Its DINOv2 resizes positions with the 0.1 offset.
@@ -151,13 +166,12 @@ TEACHERS = {
     "multihmr": Teacher(
         url=NAVER + "MultiHMR/multiHMR_672_L.pt",
         license="CC BY-NC-SA 4.0",
-        state_dict_key="model_state_dict",
-        prefix=r"backbone\.encoder\.",
+        prefix=r"model_state_dict\.backbone\.encoder\.",
         distill_cls=False,  # its head reads the patch tokens only
         domain="people",
         shape=vit_shape("large", 14),
     ),
-    # DINOv2 as its hub builds it, and smaller ones without registers.
+    # DINOv2 as its hub builds it, and other sizes.
     "dinov2_reg": Teacher(
         url=DINOV2.format("vitl14", "_reg4"),
         license="Apache-2.0",
@@ -177,6 +191,19 @@ TEACHERS = {
         generic=True,
         shape=vit_shape("base", 14),
     ),
+    "dinov2_vitg14": Teacher(
+        url=DINOV2.format("vitg14", ""),
+        license="Apache-2.0",
+        generic=True,
+        shape=vit_shape("large", 14, **GIANT),
+    ),
+    "dinov2_vitg14_reg": Teacher(
+        url=DINOV2.format("vitg14", "_reg4"),
+        license="Apache-2.0",
+        vit_kwargs=dict(position="antialias"),
+        generic=True,
+        shape=vit_shape("large", 14, registers=4, **GIANT),
+    ),
     # UNIC's four.
     "dino": Teacher(
         url=META + "dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
@@ -186,24 +213,21 @@ TEACHERS = {
     "ibot": Teacher(
         url=BYTEDANCE + "archive/2022/ibot/vitb_16_rand_mask/checkpoint_teacher.pth",
         license="Apache-2.0",
-        state_dict_key="state_dict",
+        prefix=r"state_dict\.",
         shape=vit_shape("base", 16),
     ),
     "deit3": Teacher(
         url=META + "deit/deit_3_base_224_1k.pth",
         license="Apache-2.0",
-        state_dict_key="model",
-        prefix=r"(?!head\.)",
-        rename={r"\.gamma_(\d)$": r".ls\1.gamma"},
-        layout="deit3",
+        prefix=r"model\.",
+        rename={r"^head\..*": ""},
         shape=vit_shape("base", 16, layer_scale=1e-4),
     ),
     "dbotft": Teacher(
         url=BYTEDANCE + "mmodal/dbot/84.5_dbot_base_finetune.pth",
         license="CC BY-NC 4.0",
-        state_dict_key="model",
-        prefix=r"(?!head\.)",
-        rename={r"^fc_norm\.": "norm."},
+        prefix=r"model\.",
+        rename={r"^fc_norm\.": "norm.", r"^head\..*": ""},
         pool="mean",
         shape=vit_shape("base", 16),
     ),
@@ -259,7 +283,7 @@ TEACHERS = {
     "mae_vitl16": Teacher(
         url=META + "mae/pretrain/mae_pretrain_vit_large.pth",
         license="CC BY-NC 4.0",
-        state_dict_key="model",
+        prefix=r"model\.",
         vit_kwargs=dict(position="size"),
         distill_cls=False,
         shape=vit_shape("large", 16),
@@ -472,50 +496,77 @@ def load_encoder(row, content):
 
 
 def encoder_state(row, content):
-    """The encoder's tensors in the content of a published file, under the names of ViT and AttentionPool."""
-    if row.state_dict_key:
-        content = content[row.state_dict_key]
+    """The encoder's tensors in the content of a file, under the names of ViT and AttentionPool."""
+    tensors = dict(content)
+    for name, value in content.items():
+        if isinstance(value, dict):
+            tensors.update({f"{name}.{key}": x for key, x in value.items()})
+    prefix, rename = recognize(row, tensors)
     state = {}
-    for key, value in content.items():
-        match = re.match(row.prefix, key)
-        if match and torch.is_tensor(value):
-            name = key[match.end():]
-            for pattern, replacement in row.rename.items():
+    for key, value in tensors.items():
+        if key.startswith(prefix) and torch.is_tensor(value):
+            name = key[len(prefix):]
+            for pattern, replacement in {**rename, **row.rename}.items():
                 name = re.sub(pattern, replacement, name)
             state[name] = value
+    state.pop("", None)  # what the table leaves out
     state = dune.normalize_keys(state)
-    if row.layout:
-        LAYOUTS[row.layout](state)
+    join_qkv(state)
+    if "pos_embed" in state:
+        add_class_position(state)
+    if row.vit_kwargs.get("position") == "rope_centered":
+        from_dinov3(state)
     return state
 
 
-def from_deit3(state):
-    """DeiT-3 has positions for patches only: the class token gets a zero."""
-    state["pos_embed"] = F.pad(state["pos_embed"], (0, 0, 1, 0))
+def recognize(row, tensors):
+    """(prefix of the encoder's keys, renames of its layout), the layout that of the first key which fits."""
+    for key in tensors:
+        for anchor, rename in LAYOUTS.values():
+            match = re.fullmatch(f"({row.prefix}){anchor}", key)
+            if match:
+                return match[1], rename
+    found = [key for key, value in tensors.items() if torch.is_tensor(value)]
+    raise UserError(f"unknown layout, with keys {', '.join(found[:3]) or 'none'}; known, with keys after "
+                    f"{row.prefix}: {', '.join(LAYOUTS)}")
+
+
+def join_qkv(state):
+    """Hugging Face keeps q, k and v in three tensors; DINOv3's k has no bias, which would change nothing."""
+    for key in list(state):
+        if ".attn.q." in key:
+            keys = [key.replace(".q.", f".{x}.") for x in "qkv"]
+            if state[key].ndim == 1:
+                state.setdefault(keys[1], torch.zeros_like(state[key]))
+            state[key.replace(".q.", ".qkv.")] = torch.cat([state.pop(key) for key in keys])
+
+
+def add_class_position(state):
+    """DeiT-3 and timm have positions for patches only: the class token gets a zero. SigLIP's lack an axis."""
+    position = state["pos_embed"]
+    position = position.reshape(1, -1, position.shape[-1])
+    if "cls_token" in state and math.isqrt(position.shape[1])**2 == position.shape[1]:
+        position = F.pad(position, (0, 0, 1, 0))
+    state["pos_embed"] = position
 
 
 def from_dinov3(state):
     """A mask multiplies the bias of q, k and v. DINOv3's RoPE pairs channel j of a head with j + 32, ours j
     with j + 16 in each half of a head: with the middle quarters of q's and k's rows swapped they agree.
+
+    Hugging Face and timm leave out the periods, and timm a bias of zero.
     """
+    quarter = HEAD_DIM // 4
+    state.setdefault("rope_periods", 100 ** (torch.arange(quarter) / quarter))
+    for key in list(state):
+        if key.endswith(".attn.qkv.weight"):
+            state.setdefault(key.replace("weight", "bias"), torch.zeros(len(state[key])))
     for key in list(state):
         if key.endswith((".attn.qkv.weight", ".attn.qkv.bias")):
             qkv = state[key] * state.pop(f"{key}_mask", 1)
-            qkv = qkv.unflatten(0, (3, -1, 4, HEAD_DIM // 4))  # [3, heads, 4 quarters, 16, ...]
+            qkv = qkv.unflatten(0, (3, -1, 4, quarter))  # [3, heads, 4 quarters, 16, ...]
             qkv[:2] = qkv[:2, :, [0, 2, 1, 3]]
             state[key] = qkv.flatten(0, 3)
-
-
-def from_siglip(state):
-    """SigLIP keeps q, k and v in three tensors, and its positions have no batch dimension."""
-    state["pos_embed"] = state["pos_embed"][None]
-    for key in list(state):
-        if ".self_attn.q_proj." in key:
-            qkv = [state.pop(key.replace("q_proj", name)) for name in ("q_proj", "k_proj", "v_proj")]
-            state[key.replace("self_attn.q_proj", "attn.qkv")] = torch.cat(qkv)
-
-
-LAYOUTS = {"deit3": from_deit3, "dinov3": from_dinov3, "siglip": from_siglip}
 
 
 # ---- Probes and tiny specialists ---------------------------------------------------------------------------
@@ -1015,6 +1066,12 @@ def load_two_view(weights=None, device="cpu"):
                 name = key.removeprefix("mast3r.").replace("dpt.scratch.", "dpt.")
                 state[name] = value
         blocks = {key.split(".")[1] for key in state if key.startswith("dec_blocks.")}
+        twins = {}  # a file with one set of blocks uses them for both views
+        for key, value in state.items():
+            if key.startswith("dec_blocks."):
+                twins[key.replace("dec_blocks", "dec_blocks2")] = value
+        if not twins.keys() & state.keys():
+            state.update(twins)
         with torch.device("meta"):
             model = TwoView(encoder, len(state["decoder_embed.bias"]), len(blocks), own_norm=on_dune)
         dune.load_strict(model, state)

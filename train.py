@@ -339,6 +339,10 @@ def build_student(args, source, teachers, checkpoint):
             dune.load_strict(student, checkpoint["model"])
     elif source:
         init_encoder(encoder, getattr(source, "encoder", source), args.init)
+        projector = getattr(source, "projector", args.projector)
+        if projector != args.projector:
+            raise UserError(f"{args.init} is of --projector {projector}; for its encoder alone write "
+                            f"--init dune_base --weights dune_base={args.init}")
         state = {key: x for key, x in source.state_dict().items() if not key.startswith("encoder.")}
         with dune.user_errors(args.init):
             student.load_state_dict(state, strict=False)  # projectors and statistics of the same teachers
@@ -346,11 +350,15 @@ def build_student(args, source, teachers, checkpoint):
 
 
 def init_encoder(encoder, source, path):
-    """Load the weights of another encoder of the same shape.
+    """Load the weights of another encoder of the same shape. UserError names the option of another one.
 
     Positions of another grid are interpolated to the size; registers that the source lacks keep their initial
     values.
     """
+    ours = encoder_options(encoder)
+    for option, value in encoder_options(source).items():
+        if value != ours[option] and (value or option != "--registers"):
+            raise UserError(f"{path} is of {option} {value}, the student of {ours[option]}")
     state = source.state_dict()
     if source.pos_embed is not None:
         state["pos_embed"] = source.interpolate_pos_embed(encoder.grid, encoder.grid, "size")
@@ -358,6 +366,19 @@ def init_encoder(encoder, source, path):
         state["register_tokens"] = encoder.register_tokens.detach()
     with dune.user_errors(path):
         dune.load_strict(encoder, state)
+
+
+def encoder_options(vit):
+    """{option: its value} of a student with such an encoder."""
+    shape = dict(embed_dim=vit.embed_dim, depth=len(vit.blocks), num_heads=vit.num_heads)
+    names = [name for name, size in dune.SIZES.items() if size == shape]
+    layer_scale = 1e-4 if isinstance(vit.blocks[0].ls1, dune.LayerScale) else 0
+    return {
+        "--arch": ", ".join(names) or shape,
+        "--patch-size": vit.patch_size,
+        "--registers": vit.registers,
+        "--layer-scale": layer_scale,
+    }
 
 
 def build_optimizer(args, params, checkpoint):

@@ -217,6 +217,36 @@ def test_attention_with_and_without_gradient(count, close):
     close(dune.attention(*qkv.detach()), outputs[0])
 
 
+@pytest.mark.parametrize("norm", ["dune", "unic"])
+@pytest.mark.parametrize("projector", dune.PROJECTORS)
+def test_predictions_in_the_teachers_own_scale(projector, norm, close):
+    model = small_student(projector, norm).eval()
+    images = torch.randn(2, 3, 56, 56)
+    for stats in model.teacher_norms.state_dict().values():
+        stats.uniform_(5e-4, 2e-3)  # some below the smallest std of "dune"
+    for name, expected in model(images).items():
+        features = model.as_teacher(images, name)
+        standardized = model.teacher_norms[name](features)
+        for token_type in ("cls", "patch"):
+            assert (features[token_type] is None) == (expected[token_type] is None)
+            if features[token_type] is not None:
+                close(standardized[token_type], expected[token_type], 1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("size", [(56, 56), (28, 84)])  # the trained one; another
+def test_an_encoder_is_traced_and_exported_for_any_batch(size, close):
+    encoder = small_student().encoder.eval()
+    images = torch.randn(2, 3, *size)
+    traced = torch.jit.trace(encoder, images, strict=False)
+    batch = {0: torch.export.Dim("batch")}
+    exported = torch.export.export(encoder, (images,), dynamic_shapes=(batch,)).module()
+    images = torch.randn(5, 3, *size)
+    for model in (traced, exported):
+        for token_type, expected in encoder(images).items():
+            close(model(images)[token_type], expected)
+
+
 def test_images_may_have_any_shape_and_registers_have_no_position():
     vit = dune.ViT(56, 14, 64, 2, 1, registers=4)
     assert vit.pos_embed.shape == (1, 17, 64)
@@ -241,7 +271,7 @@ WEIGHT = "encoder.norm.weight"
     (b"not a checkpoint", "file.pth: "),
     (pickle.dumps(Evil(), 2), "not a torch checkpoint"),
     (Evil(), "not a torch checkpoint"),
-    ({"weights": 1}, "missing key 'model'"),
+    ({"weights": 1, "tokens": 2}, "holds no student; its first keys: weights, tokens; a teacher's file is"),
     ({"model": {"encoder.cls_token": 1}}, "missing key 'patch_embed.proj.weight'"),
     ({"model": {key: STATE[key] for key in STATE if key != WEIGHT}}, f"Missing key.* .{WEIGHT}"),
     ({"model": {**STATE, "encoder.extra": torch.zeros(1)}}, "Unexpected key.* .encoder.extra"),

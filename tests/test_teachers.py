@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -70,12 +71,45 @@ def test_nested_block_names_and_half_precision(golden, close, tmp_path):
     close(teacher(case["image"])["patch"], case["patch"], 2e-3)
 
 
+HUB = os.path.join(os.path.dirname(SIGLIP), "hub")
+
+
+@pytest.mark.parametrize("name, file", [
+    ("dinov2_vits14", "hf_dinov2"), ("dinov2_reg", "hf_dinov2_reg"), ("dinov2_vitg14", "hf_dinov2_swiglu"),
+    ("dinov3_vits16", "hf_dinov3"), ("dinov2_vits14", "timm_dinov2"), ("dinov2_reg", "timm_dinov2_reg"),
+    ("dinov3_vits16", "timm_dinov3"),
+])
+def test_layouts_of_the_hub(name, file, golden, close, tmp_path):
+    """A file, and a folder that holds it as Hugging Face's do."""
+    path = f"{HUB}/{file}.safetensors"
+    shutil.copy(path, tmp_path / "model.safetensors")
+    for weights in (path, tmp_path):
+        teacher = teachers.load_teacher(name, weights)
+        for case in golden(f"hub/{file}")["cases"]:
+            out = teacher(case["image"])
+            close(out["cls"], case["cls"])
+            close(out["patch"], case["patch"])
+
+
+def test_a_training_checkpoint_of_ones_own(golden, close, tmp_path):
+    """Of DINO or DINOv2: the teacher's backbone, not its heads, nor the student."""
+    file = golden("dinov2_reg")
+    state = {f"module.backbone._orig_mod.{key}": value for key, value in file["checkpoint"].items()}
+    state = {key.replace("blocks.", "blocks.0."): value for key, value in state.items()}
+    state["module.dino_head.mlp.0.bias"] = torch.zeros(1)
+    student = {key: torch.zeros_like(value) for key, value in state.items()}
+    path = save({"student": student, "teacher": state, "optimizer": {"state": {}}, "epoch": 3}, tmp_path)
+    case = file["cases"][0]
+    close(teachers.load_teacher("dinov2", path)(case["image"])["patch"], case["patch"])
+
+
 # ---- Every row ---------------------------------------------------------------------------------------------
 
-PUBLISHED_NAMES = {  # ours -> the file's, by teacher or layout
+PUBLISHED_NAMES = {  # ours -> the file's, by how the teacher's name begins
     "deit3": [(r"\.ls(\d)\.gamma", r".gamma_\1")],
     "dbotft": [(r"^norm\.", "fc_norm.")],
-    "dinov3": [("^register_tokens", "storage_tokens"), ("^rope_periods", "rope_embed.periods")],
+    "dinov2_vitg": [("mlp.fc1", "mlp.w12"), ("mlp.fc2", "mlp.w3")],
+    ("dinov3", "eupe"): [("^register_tokens", "storage_tokens"), ("^rope_periods", "rope_embed.periods")],
     "siglip": [(r"^pool\.", "head."), (r"^patch_embed\.proj", "embeddings.patch_embedding"),
                (r"^blocks", "encoder.layers"), ("^pos_embed", "embeddings.position_embedding.weight"),
                (r"\.norm(\d)", r".layer_norm\1"), (r"(?<!self_)attn\.proj", "self_attn.out_proj"),
@@ -86,27 +120,31 @@ PUBLISHED_NAMES = {  # ours -> the file's, by teacher or layout
 def as_published(name, teacher):
     """The content of the published file that would hold this teacher."""
     row = teachers.TEACHERS[name]
+    siglip = name.startswith("siglip")
     state = {}
     for key, value in teacher.vit.state_dict().items():
-        if row.layout == "dinov3" and ".qkv." in key:
+        if "rope_periods" in teacher.vit.state_dict() and ".qkv." in key:
             q, k, v = value.unflatten(0, (3, -1, 4, 16))
             value = torch.stack([q[:, [0, 2, 1, 3]], k[:, [0, 2, 1, 3]], v]).flatten(0, 3)
-        if row.layout == "siglip" and ".qkv." in key:
+        if siglip and ".qkv." in key:
             for x, part in zip("qkv", value.chunk(3)):
                 state[key.replace("attn.qkv", f"self_attn.{x}_proj")] = part
         else:
-            state[key] = value[0] if row.layout == "siglip" and key == "pos_embed" else value
-    for pattern, replacement in PUBLISHED_NAMES.get(name, PUBLISHED_NAMES.get(row.layout, [])):
-        state = {re.sub(pattern, replacement, key): value for key, value in state.items()}
+            state[key] = value[0] if siglip and key == "pos_embed" else value
+    for start, names in PUBLISHED_NAMES.items():
+        for pattern, replacement in names if name.startswith(start) else ():
+            state = {re.sub(pattern, replacement, key): value for key, value in state.items()}
     if name == "deit3":
         state["pos_embed"] = state["pos_embed"][:, 1:]
-    if row.prefix.startswith("enc_"):
+    if "rope" in row.vit_kwargs.values():
         return teachers.published_layout("mast3r", state)
-    prefix = "module.encoder." if name.startswith("dune") else re.sub(r"\(.*\)|\\", "", row.prefix)
+    prefix = re.sub(r"\(.*\)\*", "module." if "dune" in name else "", row.prefix).replace("\\", "")
+    outer = re.match(r"((model\w*|state_dict)(?=\.))?", prefix)[0]
+    prefix = prefix.removeprefix(f"{outer}.")
     state = {prefix + key: value for key, value in state.items()}
     if prefix:
         state["other.weight"] = torch.zeros(1)
-    return {row.state_dict_key: state} if row.state_dict_key else state
+    return {outer: state} if outer else state
 
 
 @pytest.mark.parametrize("name", teachers.TEACHERS)
@@ -241,15 +279,17 @@ def put(key, value):
     ("dinov2", put("norm.bias", torch.zeros(2)), "size mismatch for norm.bias"),
     ("dinov2", put("norm.bias", torch.full((64,), math.nan)), "norm.bias contains non-finite values"),
     ("dinov2", put("norm.bias", [0.0] * 64), 'Missing key.*"norm.bias"'),
-    ("dinov2", put("pos_embed", torch.zeros(7)), "tuple index"),
+    ("dinov2", put("pos_embed", torch.zeros(7)), "size mismatch for pos_embed"),
     ("dinov2", put("blocks.99999999.norm1.bias", torch.zeros(64)), 'Missing key.*"blocks.2.norm1.weight"'),
-    ("deit3", lambda f: f["model"].pop("pos_embed"), "missing key 'pos_embed'"),
+    ("deit3", lambda f: f["model"].pop("pos_embed"), 'Missing key.*"pos_embed"'),
     ("mast3r", lambda f: f["model"].pop("enc_blocks.1.mlp.fc2.bias"), 'Missing key.*"blocks.1.mlp.fc2.bias"'),
-    ("mast3r", lambda f: f.pop("model"), "missing key 'model'"),
-    ("mast3r", put("model", [1, 2]), "'list' object"),
-    ("multihmr", put("model_state_dict", {"head": torch.zeros(1)}), "missing key 'patch_embed.proj.weight'"),
-    ("dinov3_vits16", lambda f: f.pop("rope_embed.periods"), 'Missing key.*"rope_periods"'),
+    ("mast3r", lambda f: f.pop("model"), "unknown layout, with keys none; known"),
+    ("mast3r", put("model", [1, 2]), "unknown layout"),
+    ("multihmr", put("model_state_dict", {"head": torch.zeros(1)}), "with keys model_state_dict.head; known"),
+    ("dinov3_vits16", put("pos_embed", torch.zeros(1, 17, 64)), 'Unexpected key.*"pos_embed"'),
     ("dinov3_vits16", put("blocks.0.attn.qkv.weight", torch.zeros(100, 128)), "unflatten"),
+    ("siglip2_vitb16", lambda f: f.pop("vision_model.encoder.layers.0.self_attn.k_proj.weight"),
+     "missing key 'blocks.0.attn.k.weight'"),
     ("siglip2_vitb16", put("vision_model.encoder.layers.0.mlp.fc1.bias", torch.zeros(239)), "mismatch.*fc1"),
     ("siglip2_vitb16", lambda f: f.pop("vision_model.head.probe"), 'Missing key.*"pool.probe"'),
 ])
@@ -261,6 +301,14 @@ def test_another_layout_is_one_line(name, change, message, golden, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         teachers.load_teacher(name, path)
     assert path in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_without_weights_and_one_in_parts(tmp_path):
+    with pytest.raises(UserError, match="no such file: .*model.safetensors"):
+        teachers.load_teacher("dinov2", tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match="model.safetensors is split into several files"):
+        teachers.load_teacher("dinov2", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["dinov2", "mast3r", "siglip2_vitb16"])
@@ -284,6 +332,21 @@ def test_unknown_name_gated_and_unreachable_weights(tmp_path, monkeypatch):
         with pytest.raises(UserError) as error:
             teachers.load_teacher(name)
         assert teachers.TEACHERS[name].url in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("options, message", [
+    ("--arch small", "file is of --arch tiny, the student of small"),
+    ("--patch-size 16 --image-size 64", "file is of --patch-size 14, the student of 16"),
+    ("--registers 0", "file is of --registers 4, the student of 0"),
+    ("--layer-scale 0", "file is of --layer-scale 0.0001, the student of 0"),
+    ("--projector sp", "file is of --projector tp; for its encoder alone write --init dune_base --weights dune"),
+])
+def test_init_names_the_option_to_change(options, message, monkeypatch):
+    source = dune.DUNE(dune.ViT(56, **dune.SIZES["tiny"]), {})
+    monkeypatch.setattr(dune, "load", lambda path: source)
+    args = train.parse_args(f"--arch tiny --image-size 56 --init file {options}".split())
+    with pytest.raises(UserError, match=message):
+        train.build_student(args, {}, None)
 
 
 # ---- Specialists, and three of the newest in one run -------------------------------------------------------

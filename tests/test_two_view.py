@@ -77,6 +77,21 @@ def test_views_of_any_two_sizes(paths):
         model(torch.zeros(1, 3, 30, 28), two)
 
 
+def test_one_set_of_blocks_is_for_both_views(paths, cases, tmp_path):
+    content = dune.load_checkpoint(paths["mast3r"])
+    both, one = dict(content["model"]), {}
+    for key in content["model"]:
+        if "dec_blocks2" in key:
+            both[key] = both[key.replace("dec_blocks2", "dec_blocks")]
+        else:
+            one[key] = both[key]
+    outputs = []
+    for state in (both, one):
+        torch.save({"model": state}, tmp_path / "file.pth")
+        outputs.append(teachers.load_two_view(tmp_path / "file.pth")(*cases["mast3r"]["views"][:, None]))
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)
+
+
 def read_as(content, monkeypatch):
     """Let the file "changed.pth" hold this content."""
     load = dune.load_checkpoint
