@@ -642,7 +642,7 @@ def load(path_or_name, encoder_only=False):
     with user_errors(path):
         state = our_state_dict(content)
         encoder_state = strip_prefix(state, "encoder.")
-        if not encoder_state:
+        if "patch_embed.proj.weight" not in encoder_state:
             raise UserError(f"holds no student; its first keys: {', '.join(list(state)[:3])}; "
                             "a teacher's file is given with its name, --weights NAME=FILE")
         encoder = vit_from_state(encoder_state)
@@ -750,7 +750,7 @@ def load_checkpoint(path):
         path = os.path.join(path, "model.safetensors")
     if not os.path.isfile(path):
         if os.path.exists(f"{path}.index.json"):
-            raise UserError(f"{path} is split into several files: save it as one (max_shard_size)")
+            raise UserError(f"{path} is split into several files: save it as one, by max_shard_size")
         raise UserError(f"no such file: {path}")
     with user_errors(path):
         if path.endswith(".safetensors"):

@@ -35,9 +35,9 @@ class Teacher:
     url             address of the weights; of a gated teacher: the page where one requests them
     license         license of the weights
     access_note     gated teachers only: the file to request at `url`
-    prefix          regular expression: how the encoder's keys begin, with the name of the state dict in the
-                    file. It is cut off; other keys are ignored
-    rename          {regular expression: replacement}, for key names that LAYOUTS does not know
+    state_dict_key  key of the state dict in the file; "": the file is the state dict
+    prefix          regular expression: how the encoder's keys begin. It is cut off; other keys are ignored
+    rename          {regular expression: replacement}, where keys are in none of LAYOUTS
     vit_kwargs      options of ViT that the tensors do not show: position, eps, gelu
     pool            how the class feature is computed. "": the class token, if there is one. "attention": an
                     AttentionPool of the patch tokens (SigLIP). "mean": norm(mean of the patch tokens), and
@@ -51,7 +51,8 @@ class Teacher:
     url: str
     license: str
     access_note: str = ""
-    prefix: str = r"(teacher\.)?((module|_orig_mod|backbone|dinov[23]\w*)\.)*"  # as people save them
+    state_dict_key: str = ""
+    prefix: str = ""
     rename: dict = field(default_factory=dict)
     vit_kwargs: dict = field(default_factory=dict)
     pool: str = ""
@@ -82,15 +83,16 @@ SIGLIP2 = HUB + "google/siglip2-{}-patch16-256/resolve/main/model.safetensors"
 # What the rows of one family share.
 CROCO = dict(
     license="CC BY-NC-SA 4.0",
-    prefix=r"model\.",
-    rename={r"^enc_|^(?!enc_|patch_embed\.).*": ""},  # enc_blocks.0 becomes blocks.0; the decoder is left out
+    state_dict_key="model",
+    prefix=r"enc_(?=blocks|norm)|(?=patch_embed\.)",  # enc_blocks.0 becomes blocks.0; patch_embed is kept
     vit_kwargs=dict(position="rope"),
     domain="rooms",
     shape=vit_shape("large", 16, class_token=False),
 )
 DUNE = dict(
     license="CC BY-NC-SA 4.0",
-    prefix=r"model\.((module|_orig_mod)\.)*encoder\.",
+    state_dict_key="model",
+    prefix=r"((module|_orig_mod)\.)*encoder\.",
 )
 DEPTH_ANYTHING = dict(
     prefix=r"pretrained\.",
@@ -107,7 +109,7 @@ SIGLIP = dict(
     generic=True,
 )
 DINOV3 = dict(
-    rename={r"^local_cls_norm\..*": ""},
+    prefix=r"(?!local_cls_norm\.)",
     vit_kwargs=dict(position="rope_centered", eps=1e-5),
     generic=True,
 )
@@ -118,10 +120,10 @@ DINOV3_GATED = dict(
 )
 EUPE = dict(DINOV3, license="FAIR noncommercial", access_note="its .pt file")
 
-# How files name the tensors of an encoder, after the row's prefix:
-# {layout: (the key by which it is recognized, {regular expression: our name})}
+WRAPPERS = r"((module|_orig_mod|backbone|dinov[23]\w*)\.)*"  # what trainers put before an encoder's keys
+# How files name an encoder's tensors: {layout: (the key that shows it, {regular expression: replacement})}
 LAYOUTS = {
-    "original or timm's": (
+    "the original or timm's": (
         r"patch_embed\.proj\.weight",
         {
             r"^(storage_tokens|reg_token)$": "register_tokens",
@@ -129,7 +131,6 @@ LAYOUTS = {
             r"\.gamma_(\d)$": r".ls\1.gamma",
             r"\.mlp\.w12\.": ".mlp.fc1.",
             r"\.mlp\.w3\.": ".mlp.fc2.",
-            r"^probe\..*": "",  # of a tiny specialist
         },
     ),
     "Hugging Face's": (
@@ -138,7 +139,7 @@ LAYOUTS = {
             r"^embeddings\.patch_embeddings?\.(projection\.)?": "patch_embed.proj.",
             r"^embeddings\.position_embeddings?(\.weight)?$": "pos_embed",
             r"^embeddings\.": "",
-            r"^(encoder\.)?layers?\.": "blocks.",
+            r"^((encoder|model)\.)?layers?\.": "blocks.",
             r"\.layer_norm(\d)\.": r".norm\1.",
             r"\.(self_attn|attention|attention\.attention)\.([qkv])(_proj|uery|ey|alue)\.": r".attn.\2.",
             r"\.(self_attn\.out_proj|attention\.o_proj|attention\.output\.dense)\.": ".attn.proj.",
@@ -166,7 +167,8 @@ TEACHERS = {
     "multihmr": Teacher(
         url=NAVER + "MultiHMR/multiHMR_672_L.pt",
         license="CC BY-NC-SA 4.0",
-        prefix=r"model_state_dict\.backbone\.encoder\.",
+        state_dict_key="model_state_dict",
+        prefix=r"backbone\.encoder\.",
         distill_cls=False,  # its head reads the patch tokens only
         domain="people",
         shape=vit_shape("large", 14),
@@ -213,21 +215,22 @@ TEACHERS = {
     "ibot": Teacher(
         url=BYTEDANCE + "archive/2022/ibot/vitb_16_rand_mask/checkpoint_teacher.pth",
         license="Apache-2.0",
-        prefix=r"state_dict\.",
+        state_dict_key="state_dict",
         shape=vit_shape("base", 16),
     ),
     "deit3": Teacher(
         url=META + "deit/deit_3_base_224_1k.pth",
         license="Apache-2.0",
-        prefix=r"model\.",
-        rename={r"^head\..*": ""},
+        state_dict_key="model",
+        prefix=r"(?!head\.)",
         shape=vit_shape("base", 16, layer_scale=1e-4),
     ),
     "dbotft": Teacher(
         url=BYTEDANCE + "mmodal/dbot/84.5_dbot_base_finetune.pth",
         license="CC BY-NC 4.0",
-        prefix=r"model\.",
-        rename={r"^fc_norm\.": "norm.", r"^head\..*": ""},
+        state_dict_key="model",
+        prefix=r"(?!head\.)",
+        rename={r"^fc_norm\.": "norm."},
         pool="mean",
         shape=vit_shape("base", 16),
     ),
@@ -283,7 +286,7 @@ TEACHERS = {
     "mae_vitl16": Teacher(
         url=META + "mae/pretrain/mae_pretrain_vit_large.pth",
         license="CC BY-NC 4.0",
-        prefix=r"model\.",
+        state_dict_key="model",
         vit_kwargs=dict(position="size"),
         distill_cls=False,
         shape=vit_shape("large", 16),
@@ -449,8 +452,9 @@ def load_teacher(name, weights=None, device="cpu", dtype=torch.float32):
     """A FrozenTeacher, its size read off the weights.
 
     name     a row of TEACHERS
-    weights  a file in the published layout. None: the published file, downloaded. "random": random weights of
-             the published size, the same ones every time. "tiny": a specialist, trained if it is missing
+    weights  a file in a layout of LAYOUTS, or a folder with model.safetensors. None: the published file,
+             downloaded. "random": random weights of the published size, the same ones every time. "tiny": a
+             specialist, trained if it is missing
 
     Raises UserError for an unknown name, and for a file that is missing, damaged or of another layout.
     """
@@ -497,19 +501,17 @@ def load_encoder(row, content):
 
 def encoder_state(row, content):
     """The encoder's tensors in the content of a file, under the names of ViT and AttentionPool."""
-    tensors = dict(content)
-    for name, value in content.items():
-        if isinstance(value, dict):
-            tensors.update({f"{name}.{key}": x for key, x in value.items()})
-    prefix, rename = recognize(row, tensors)
+    if row.state_dict_key:
+        content = content[row.state_dict_key]
+    elif "teacher" in content:  # a training checkpoint of DINO or DINOv2
+        content = content["teacher"]
     state = {}
-    for key, value in tensors.items():
-        if key.startswith(prefix) and torch.is_tensor(value):
-            name = key[len(prefix):]
-            for pattern, replacement in {**rename, **row.rename}.items():
-                name = re.sub(pattern, replacement, name)
-            state[name] = value
-    state.pop("", None)  # what the table leaves out
+    for key, value in content.items():
+        match = re.match(row.prefix, key)
+        if match and torch.is_tensor(value):
+            state[rename(key[match.end():], row.rename)] = value
+    prefix, patterns = recognize(state, content)
+    state = {rename(key, patterns): value for key, value in dune.strip_prefix(state, prefix).items()}
     state = dune.normalize_keys(state)
     join_qkv(state)
     if "pos_embed" in state:
@@ -519,16 +521,24 @@ def encoder_state(row, content):
     return state
 
 
-def recognize(row, tensors):
-    """(prefix of the encoder's keys, renames of its layout), the layout that of the first key which fits."""
-    for key in tensors:
-        for anchor, rename in LAYOUTS.values():
-            match = re.fullmatch(f"({row.prefix}){anchor}", key)
+def rename(key, patterns):
+    for pattern, replacement in patterns.items():
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def recognize(state, content):
+    """(what to cut off the keys of `state`, the patterns of its layout). UserError if it has none of them.
+
+    content: the file's, to name its keys.
+    """
+    for key in state:
+        for shown_by, patterns in LAYOUTS.values():
+            match = re.fullmatch(f"({WRAPPERS}){shown_by}", key)
             if match:
-                return match[1], rename
-    found = [key for key, value in tensors.items() if torch.is_tensor(value)]
-    raise UserError(f"unknown layout, with keys {', '.join(found[:3]) or 'none'}; known, with keys after "
-                    f"{row.prefix}: {', '.join(LAYOUTS)}")
+                return match[1], patterns
+    keys = ", ".join(map(str, list(content)[:3]))
+    raise UserError(f"unknown layout, its first keys: {keys}; known layouts: {', '.join(LAYOUTS)}")
 
 
 def join_qkv(state):
@@ -542,7 +552,7 @@ def join_qkv(state):
 
 
 def add_class_position(state):
-    """DeiT-3 and timm have positions for patches only: the class token gets a zero. SigLIP's lack an axis."""
+    """timm's and DeiT-3's positions are of patches alone: the class token gets 0. SigLIP's lack an axis."""
     position = state["pos_embed"]
     position = position.reshape(1, -1, position.shape[-1])
     if "cls_token" in state and math.isqrt(position.shape[1])**2 == position.shape[1]:
@@ -554,13 +564,14 @@ def from_dinov3(state):
     """A mask multiplies the bias of q, k and v. DINOv3's RoPE pairs channel j of a head with j + 32, ours j
     with j + 16 in each half of a head: with the middle quarters of q's and k's rows swapped they agree.
 
-    Hugging Face and timm leave out the periods, and timm a bias of zero.
+    Without masks the file is Hugging Face's or timm's. They leave out the periods, and timm a bias of zero.
     """
     quarter = HEAD_DIM // 4
-    state.setdefault("rope_periods", 100 ** (torch.arange(quarter) / quarter))
-    for key in list(state):
-        if key.endswith(".attn.qkv.weight"):
-            state.setdefault(key.replace("weight", "bias"), torch.zeros(len(state[key])))
+    if "blocks.0.attn.qkv.bias_mask" not in state:
+        state.setdefault("rope_periods", 100 ** (torch.arange(quarter) / quarter))
+        for key in list(state):
+            if key.endswith(".attn.qkv.weight"):
+                state.setdefault(key.replace("weight", "bias"), torch.zeros(len(state[key])))
     for key in list(state):
         if key.endswith((".attn.qkv.weight", ".attn.qkv.bias")):
             qkv = state[key] * state.pop(f"{key}_mask", 1)
