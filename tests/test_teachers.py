@@ -341,12 +341,11 @@ def test_unknown_name_gated_and_unreachable_weights(tmp_path, monkeypatch):
     ("--layer-scale 0", "file is of --layer-scale 0.0001, the student of 0"),
     ("--projector sp", "file is of --projector tp; for its encoder alone .* --weights dune_base=file"),
 ])
-def test_init_names_the_option_to_change(options, message, monkeypatch):
+def test_init_names_the_option_to_change(options, message):
     source = dune.DUNE(dune.ViT(56, **dune.SIZES["tiny"]), {})
-    monkeypatch.setattr(dune, "load", lambda path: source)
     args = train.parse_args(f"--arch tiny --image-size 56 --init file {options}".split())
     with pytest.raises(UserError, match=message):
-        train.build_student(args, {}, None)
+        train.build_student(args, source, {}, None)
 
 
 # ---- Specialists, and three of the newest in one run -------------------------------------------------------
