@@ -7,8 +7,7 @@ GB/s       their ratio
 copy       GB/s as a share of the copy bandwidth
 published  how many times as long the published expression takes in eager mode
 compiled   on a GPU: the same, under torch.compile
-extra MB   on a GPU: peak memory beyond inputs and gradient: ours, the published expression's in eager mode and
-           compiled
+extra MB   on a GPU: peak memory beyond inputs and gradient, of all three
 """
 
 import timeit
@@ -35,7 +34,7 @@ SHAPES = {   # patch tokens of a batch, and class tokens
     ],
 }
 HEADER = "         shape     type    stage         us       MB     GB/s   copy published"
-GPU_HEADER = "  compiled  extra MB: ours published  compiled"
+GPU_HEADER = " compiled  extra MB: ours published  compiled"
 
 
 def published_moments(teacher):
@@ -63,7 +62,8 @@ def ways(device):
     """[(moments, loss)]: ours, the published expression in eager mode and, on a GPU, compiled."""
     result = [(our_moments, distill_loss), (published_moments, published_loss)]
     if device == "cuda":
-        torch._functorch.config.donated_buffer = False   # backward runs more than once
+        from torch._functorch import config
+        config.donated_buffer = False   # backward runs more than once
         compiled = [torch.compile(function, dynamic=False) for function in result[1]]
         result.append(compiled)
     return result
