@@ -380,7 +380,7 @@ def build_optimizer(args, params, checkpoint):
 def compile_and_wrap(args, student, teachers, world, device):
     """The student as train_step calls it: compiled if asked for, and in DistributedDataParallel."""
     if args.compile == "yes" or args.compile == "auto" and device.type == "cuda":
-        # Blocks of the same shape share a graph: one is compiled in seconds, a whole teacher takes a minute.
+        # Blocks of the same shape share a graph: a ViT-L is compiled in a fourth of the time.
         torch._dynamo.config.recompile_limit = 256   # for each shape of a block, and number of images
         modules = [*student.encoder.blocks, *student.projectors.values()]
         for teacher in teachers.values():
