@@ -6,11 +6,10 @@ MB         bytes that must be read and written
 GB/s       their ratio
 copy       GB/s as a share of the copy bandwidth
 published  how many times as long the published expression takes in eager mode
-extra MB   on a GPU: peak memory beyond inputs and gradient, ours and the published expression's
+compiled   on a GPU: the same, under torch.compile
+extra MB   on a GPU: peak memory beyond inputs and gradient, of all three
 """
 
-import argparse
-import itertools
 import timeit
 
 import torch
@@ -18,7 +17,24 @@ import torch.nn.functional as F
 
 from . import channel_moments, distill_loss
 
+BF16, FP32 = torch.bfloat16, torch.float32
+SHAPES = {   # patch tokens of a batch, and class tokens
+    "cuda": [
+        ((128, 576, 768), BF16),
+        ((128, 576, 1024), BF16),
+        ((128, 576, 1536), BF16),
+        ((128, 576, 1024), FP32),
+        ((128, 1024), BF16),
+    ],
+    "cpu": [
+        ((2, 576, 768), BF16),
+        ((8, 576, 1024), BF16),
+        ((2, 576, 1024), FP32),
+        ((8, 1024), BF16),
+    ],
+}
 HEADER = "         shape     type    stage         us       MB     GB/s   copy published"
+GPU_HEADER = " compiled  extra MB: ours published  compiled"
 
 
 def published_moments(teacher):
@@ -40,6 +56,17 @@ def our_moments(teacher):
     mean, m2 = channel_moments(teacher)
     tokens = teacher[..., 0].numel()
     return mean, (m2 / (tokens - 1)).sqrt()
+
+
+def ways(device):
+    """[(moments, loss)]: ours, the published expression in eager mode and, on a GPU, compiled."""
+    result = [(our_moments, distill_loss), (published_moments, published_loss)]
+    if device == "cuda":
+        from torch._functorch import config
+        config.donated_buffer = False   # backward runs more than once
+        compiled = [torch.compile(function, dynamic=False) for function in result[1]]
+        result.append(compiled)
+    return result
 
 
 def stages(moments, loss, student, teacher):
@@ -88,51 +115,46 @@ def measure(function, device):
 
 def copy_bandwidth(device):
     """Bytes a second, read and written, of a large copy."""
-    size = 2**30 if device == "cuda" else 2**27
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
-    target = torch.ones_like(source)
+    size = 2**28 if device == "cuda" else 2**25
+    source = torch.rand(size, device=device)
+    target = torch.empty_like(source)
     seconds, _ = measure(lambda: target.copy_(source), device)
-    return 2 * size / seconds
+    return 2 * source.nbytes / seconds
 
 
 def bench(shape, dtype, device, copy):
     """Measure one shape, print a line for each stage."""
     student = torch.randn(shape, device=device).to(dtype).requires_grad_()
     teacher = (torch.randn(shape, device=device) * 2 + 1).to(dtype)
-    ours = stages(our_moments, distill_loss, student, teacher)
-    published = stages(published_moments, published_loss, student, teacher)
+    all_stages = [stages(*way, student, teacher) for way in ways(device)]
     name = "x".join(map(str, shape))
     for stage, moved in traffic(shape, dtype).items():
-        seconds, held = measure(ours[stage], device)
-        published_seconds, published_held = measure(published[stage], device)
+        measured = [measure(functions[stage], device) for functions in all_stages]
+        (seconds, _), *others = measured
         speed = moved / seconds
         line = f"{name:>14} {str(dtype)[6:]:>8} {stage:>8} {seconds * 1e6:10.1f} {moved / 1e6:8.1f}"
-        line += f" {speed / 1e9:8.1f} {speed / copy:6.0%} {published_seconds / seconds:8.2f}x"
+        line += f" {speed / 1e9:8.1f} {speed / copy:6.0%}"
+        for other_seconds, _ in others:
+            line += f" {other_seconds / seconds:8.2f}x"
         if device == "cuda":
             grad = student.nbytes if stage in ("backward", "together") else 0
-            line += f" {(held - grad) / 2**20:8.1f} {(published_held - grad) / 2**20:8.1f}"
+            line += "     "
+            for _, held in measured:
+                line += f" {(held - grad) / 2**20:9.1f}"
         print(line, flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Measures the kernels beside the memory's speed.")
-    parser.add_argument("--quick", action="store_true", help="D 1024 in bf16 only")
-    args = parser.parse_args()
     device, header = "cpu", HEADER
     where = f"a CPU ({torch.get_num_threads()} threads): the PyTorch path, small sizes"
-    dtypes, widths = (torch.bfloat16, torch.float32), (768, 1024)
-    batches, tokens = (2, 8), ((), (576,))
     if torch.cuda.is_available():
-        device, header = "cuda", HEADER + "  extra MB: ours, published"
+        device, header = "cuda", HEADER + GPU_HEADER
         where = torch.cuda.get_device_name()
-        widths = (768, 1024, 1536)
-        batches, tokens = (32, 128), ((), (576,), (1024,))
-    if args.quick:
-        dtypes, widths = (torch.bfloat16,), (1024,)
     copy = copy_bandwidth(device)
-    print(f"{where}\ncopy bandwidth, read and written: {copy / 1e9:.1f} GB/s\n{header}")
-    for dtype, D, B, N in itertools.product(dtypes, widths, batches, tokens):
-        bench((B, *N, D), dtype, device, copy)
+    print(f"{where}, torch {torch.__version__}")
+    print(f"copy bandwidth, read and written: {copy / 1e9:.1f} GB/s\n{header}")
+    for shape, dtype in SHAPES[device]:
+        bench(shape, dtype, device, copy)
 
 
 if __name__ == "__main__":

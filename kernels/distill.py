@@ -76,7 +76,8 @@ def _forward_kernel(
         s_inverse = _inverse_norm(s_norm2)
         t_inverse = _inverse_norm(tl.sum(t_square, 1))
         similarity = tl.sum(dot, 1) * s_inverse * t_inverse
-        a = tl.where(s_norm2 == 0.0, 0.0, similarity * s_inverse * tl.rsqrt(s_norm2))
+        # Below 1e-32 the term in a is smaller than rounding, and rsqrt takes what is below 1e-38 for 0.
+        a = tl.where(s_norm2 < 1e-32, 0.0, similarity * s_inverse * tl.rsqrt(s_norm2))
         b = s_inverse * t_inverse
         out = image * N + token
         tl.store(cos + out, 1.0 - similarity, mask=mask)

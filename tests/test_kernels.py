@@ -1,7 +1,8 @@
 """The kernels against their definition in fp64.
 
 Every test runs on the PyTorch path. Those without @plain run a second time on the Triton kernels, in a
-process with TRITON_INTERPRET=1. Some compile the kernels for GPUs and look at the code, without a GPU.
+process with TRITON_INTERPRET=1; those with `device` once more on a GPU, if there is one, on the compiled
+kernels. Some compile the kernels for GPUs and look at the code, without a GPU.
 """
 
 import os
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,9 +23,17 @@ from kernels import reference
 ROOT = Path(__file__).resolve().parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 plain = pytest.mark.skipif(INTERPRETED, reason="once is enough")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 VIEWS = ["whole", "tail", "swapped"]
 # Relative error of a gradient; Triton's interpreter truncates to bf16.
 ROUNDING = {torch.bfloat16: 5e-3, torch.float16: 6e-4, torch.float32: 2e-6}
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[needs_gpu, plain])])
+def device(request):
+    """Where a test's tensors lie, if it says nothing else."""
+    with torch.device(request.param):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)
@@ -61,40 +71,53 @@ def loss_and_gradient(function, student, teacher, mean, std, upstream, *options)
 
 
 @pytest.fixture(params=["large", "small"])
-def blocks(request, monkeypatch):
+def blocks(request, device, monkeypatch):
     """small: a few dozen tokens fill a block of the PyTorch path, and few programs take many tiles."""
     if request.param == "small":
         monkeypatch.setattr(reference, "BLOCK", 300)
-        if INTERPRETED:
-            from kernels import moments
+        if INTERPRETED or device == "cuda":
+            from kernels import distill, moments
+            lanes, _ = distill.device_limits(torch.device(device))
             monkeypatch.setattr(moments, "PROGRAMS", 3)
+            monkeypatch.setattr(distill, "device_limits", lambda device: (lanes, 1))
     return request.param
 
 
-@pytest.mark.parametrize("D", [3, 7, 65, 256, 384, 1000, 1024, 1536])
-def test_agrees_with_the_definition_in_fp64(D, blocks):
-    rng = random.Random(f"{blocks}{D}")
-    shape = [*rng.choices([1, 2, 3], k=rng.randint(1, 3)), D]
+@pytest.mark.parametrize("D", [3, 7, 64, 65, 384, 1000, 1024, 1536])
+def test_agrees_with_the_definition_in_fp64(D, blocks, device):
+    """On a GPU with several draws, wider features, and so many tokens that a program takes many blocks."""
+    widths, scale = ([D], 1) if device == "cpu" else ([D, D, 4 * D], 250)
+    for case, width in enumerate(widths):
+        check_case(width, scale, random.Random(f"{blocks}{D}{case}"))
+
+
+def check_case(D, scale, rng):
+    *shape, tokens = rng.choices([1, 2, 3], k=rng.randint(1, 3))
+    shape = [*shape, scale * tokens, D]
     s_type, t_type = rng.choices(list(ROUNDING), k=2)
     student = features(shape, s_type, rng.choice(VIEWS))
     teacher = features(shape, t_type, rng.choice(VIEWS))
     mean, m2 = kernels.channel_moments(teacher)
-    check_moments(teacher, mean, m2, 1e-6, 2e-6)
+    check_moments(teacher, mean, m2, 1e-6, 5e-6)
     shift, eps = rng.choice([(0.0, 1e-3), (0.1, 0.5), (0.1, 0.0)])
     std = (m2 / teacher[..., 0].numel()).sqrt() + shift
     options = rng.choice([1.0, 0.2, 3.0, 0.0]), eps
-    upstream = torch.randn(2, *shape[:-1])
+    dropped = torch.rand(shape[:-1]) < 0.3
+    upstream = torch.randn(2, *shape[:-1]).masked_fill(dropped, 0)
     arguments = student, teacher, mean, std, upstream
     cos, smooth, grad = loss_and_gradient(kernels.distill_loss, *arguments, *options)
     wide = [x.double() for x in arguments]
     wanted_cos, wanted_smooth, wanted_grad = loss_and_gradient(reference.definition, *wide, *options)
     assert cos.dtype == smooth.dtype == torch.float32 and cos.shape == wanted_cos.shape
-    assert (cos - wanted_cos).abs().max() < 1e-6 and error(smooth, wanted_smooth) < 1e-6
+    assert (cos - wanted_cos).abs().max() < 2e-6 and error(smooth, wanted_smooth) < 1e-6
     assert error(grad, wanted_grad) < ROUNDING[s_type]
+    student[dropped], teacher[dropped] = torch.nan, torch.nan
+    again = loss_and_gradient(kernels.distill_loss, *arguments, *options)[2]
+    assert torch.equal(again, grad)   # the same bits, and dropped tokens are not read
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_moments_of_a_large_mean_and_of_an_outlier(dtype, blocks):
+def test_moments_of_a_large_mean_and_of_an_outlier(dtype, blocks, device):
     flat = (100 + 0.01 * torch.randn(700, 40)).to(dtype)
     outlier = torch.randn(5, 130, 24).to(dtype)
     outlier[0, 0] = 1e4
@@ -104,7 +127,7 @@ def test_moments_of_a_large_mean_and_of_an_outlier(dtype, blocks):
         torch.testing.assert_close(kernels.channel_moments(x), moments, rtol=0, atol=0)   # the same bits
 
 
-def test_merged_moments_are_those_of_the_union():
+def test_merged_moments_are_those_of_the_union(device):
     x = features((97, 33), torch.float32) + 100
     empty = torch.full((2, 33), torch.nan)
     sets = [*map(kernels.channel_moments, (x[:1], x[1:40], x[40:])), empty]
@@ -115,17 +138,18 @@ def test_merged_moments_are_those_of_the_union():
     assert not any(x.any() for x in kernels.merge_moments(torch.zeros(4), means, m2s))
 
 
-def test_vectors_of_length_0_behave_as_in_torch():
+def test_vectors_of_length_0_behave_as_in_torch(device):
     student, teacher = torch.randn(2, 6, 32)
     student[::2], teacher[1:3] = 0, 0
     student[3] *= 1e-10 / student[3].norm()
+    student[5] *= 1e-20 / student[5].norm()
     arguments = student, teacher, torch.zeros(32), torch.ones(32), torch.rand(2, 6)
     got = loss_and_gradient(kernels.distill_loss, *arguments)
     wanted = loss_and_gradient(reference.definition, *arguments)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_nan_and_infinity_show_and_stay_in_their_token():
+def test_nan_and_infinity_show_and_stay_in_their_token(device):
     student, teacher = torch.randn(2, 6, 32)
     mean, std, upstream = torch.zeros(32), torch.ones(32), torch.ones(2, 6)
     student[1, 3], teacher[2, 5], student[3, 0], teacher[4, 31] = torch.nan, torch.nan, torch.inf, -torch.inf
@@ -143,7 +167,7 @@ def test_nan_and_infinity_show_and_stay_in_their_token():
         assert (~moment.isfinite()).nonzero().flatten().tolist() == [2, 5]
 
 
-def test_views_are_not_copied_and_may_reach_past_2_to_the_31():
+def test_views_are_not_copied_and_may_reach_past_2_to_the_31(device):
     tokens = torch.zeros(4, 7, 16)
     for view in (tokens, tokens[:, 1:], tokens[:, 0], tokens[:, :1], tokens.transpose(0, 1), tokens[0]):
         folded, = reference.fold(view)
@@ -155,7 +179,7 @@ def test_views_are_not_copied_and_may_reach_past_2_to_the_31():
     moments = kernels.channel_moments(near)
     torch.testing.assert_close(kernels.channel_moments(far), moments, rtol=0, atol=0)
     results = [loss_and_gradient(kernels.distill_loss, x, x, *moments, torch.ones(2, 3)) for x in (far, near)]
-    torch.testing.assert_close(*results, rtol=0, atol=0)
+    torch.testing.assert_close(*results, rtol=1e-2, atol=1e-6)
 
 
 X, V = torch.ones(2, 3, 8), torch.ones(8)
@@ -191,16 +215,17 @@ def step(student, teacher):
     return (cos + 2 * smooth).mean()
 
 
-def test_compiles_without_a_graph_break_and_is_differentiable_once():
+def test_compiles_without_a_graph_break_and_is_differentiable_once(device):
     student = features((2, 3, 16), torch.bfloat16).requires_grad_()
     teacher = features((2, 3, 16), torch.bfloat16, "tail")
     eager, = torch.autograd.grad(step(student, teacher), student, create_graph=True)
     with pytest.raises(RuntimeError):
         eager.sum().backward()
-    compiled_step = torch.compile(step, fullgraph=True, backend="aot_eager")
+    backend = "aot_eager" if device == "cpu" else "inductor"
+    compiled_step = torch.compile(step, fullgraph=True, backend=backend)
     compiled, = torch.autograd.grad(compiled_step(student, teacher), student)
     torch.testing.assert_close(compiled, eager, rtol=2e-2, atol=1e-5)
-    if INTERPRETED:
+    if INTERPRETED or device == "cuda":
         moments = torch.ops.dune.channel_moments.default
         loss, backward = torch.ops.dune.distill_loss.default, torch.ops.dune.distill_loss_backward.default
         arguments = student, teacher, torch.zeros(16), torch.ones(16)
@@ -265,48 +290,39 @@ def test_the_folder_works_elsewhere_without_triton_and_inside_a_package(tmp_path
     python(tmp_path, "-c", NO_TRITON)
     (tmp_path / "package").mkdir()
     (tmp_path / "kernels").rename(tmp_path / "package" / "kernels")
-    table = python(tmp_path, "-m", "package.kernels.bench", "--quick", CUDA_VISIBLE_DEVICES="")
+    table = python(tmp_path, "-m", "package.kernels.bench", CUDA_VISIBLE_DEVICES="")
     assert table.count("together") == 4
 
 
 class Ahead:
-    """Stands in for a kernel: a launch compiles it for `target` with its arguments, and runs nothing."""
+    """Stands in for a kernel: a launch compiles it for its arguments as always, and runs nothing."""
 
-    def __init__(self, kernel, target):
-        self.kernel, self.target = kernel, target
+    def __init__(self, kernel):
+        self.kernel = kernel
 
     def __getitem__(self, grid):
         return self.launch
 
-    def launch(self, *arguments, num_warps, enable_fp_fusion, **constants):
-        from triton import compile
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-        types = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-        signature, hints = {}, {}
-        for i, (name, value) in enumerate(zip(self.kernel.arg_names, [*arguments, *constants.values()])):
-            if name in constants or type(value) is int and value == 1:   # Triton compiles a 1 in
-                signature[name], constants[name] = "constexpr", value
-            elif type(value) is float:
-                signature[name] = "fp32"
-            else:
-                signature[name] = "*" + types[value.dtype] if torch.is_tensor(value) else "i32"
-                if torch.is_tensor(value) or value % 16 == 0:
-                    hints[i,] = [["tt.divisibility", 16]]
-        source = ASTSource(self.kernel, signature, constants, hints)
-        options = {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion}
-        self.code = compile(source, target=GPUTarget(*self.target), options=options).asm
-        self.constants, self.lanes = constants, num_warps * self.target[2]
+    def launch(self, *arguments, **constants):
+        self.code = self.kernel.run(*arguments, grid=None, warmup=True, **constants).asm
+        self.constants = constants
 
 
 def compile_ahead(monkeypatch, target, x):
-    """{kernel's name: Ahead}, launched on features x."""
+    """{kernel's name: Ahead}, launched on features x for a GPU: target = (backend, architecture, lanes)."""
     pytest.importorskip("triton", reason="no Triton on this system")
     from kernels import distill, moments
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    gpu = SimpleNamespace(
+        get_current_target=lambda: GPUTarget(*target),
+        get_current_device=lambda: target,
+        get_current_stream=lambda device: 0)
+    monkeypatch.setattr(driver, "_active", gpu)
     found = {}
     for name in ("_forward_kernel", "_backward_kernel", "_partial_kernel", "_merge_kernel"):
         module = distill if hasattr(distill, name) else moments
-        found[name] = Ahead(getattr(module, name), target)
+        found[name] = Ahead(getattr(module, name))
         monkeypatch.setattr(module, name, found[name])
         monkeypatch.setattr(module, "device_limits", lambda device: (target[2], 132))
     statistics = moments.channel_moments(x)
@@ -346,8 +362,9 @@ def test_compiles_for_cuda_to_wide_accesses_and_few_instructions(arch, D, dtype,
         assert not spills
         if name != "_partial_kernel":
             tokens, channels = ahead.constants["BLOCK_N"], ahead.constants["BLOCK_D"]
-            assert D % channels == 0 and tokens * channels * dtype.itemsize == 16 * ahead.lanes
-            assert loop <= 16 * tokens * D / ahead.lanes
+            lanes = 32 * ahead.constants["num_warps"]
+            assert D % channels == 0 and tokens * channels * dtype.itemsize == 16 * lanes
+            assert loop <= 16 * tokens * D / lanes
 
 
 @plain
