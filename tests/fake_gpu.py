@@ -50,6 +50,8 @@ class FakeGpu(TorchDispatchMode):
         for name, value in {"is_available": True, "device_count": 1, "current_device": 0, "set_device": None,
                             "_lazy_init": None, "max_memory_allocated": 0, "is_bf16_supported": True}.items():
             monkeypatch.setattr(torch.cuda, name, lambda *args, value=value, **options: value)
+        tensor = torch.tensor  # it does not come to __torch_dispatch__
+        monkeypatch.setattr(torch, "tensor", lambda x, device=None, **how: tensor(x, **how).to(device=device))
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x, *args: x)
         monkeypatch.setattr(kernels, "_installed", False)  # Triton has no fake GPU: the same in plain PyTorch
         monkeypatch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)

@@ -57,6 +57,10 @@ class NoWaiting(contextlib.ContextDecorator):
         self.watch(False)
 
 
+def watch_cuda(on):
+    torch.cuda.set_sync_debug_mode("error" if on else "default")
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """--device cuda, on which only the lines of the log may wait."""
@@ -65,8 +69,7 @@ def gpu(monkeypatch):
             import fake_gpu
             watch = stack.enter_context(fake_gpu.FakeGpu(monkeypatch)).watch
         elif torch.cuda.is_available():
-            def watch(on):
-                torch.cuda.set_sync_debug_mode(2 * on)
+            watch = watch_cuda
         else:
             pytest.skip("no GPU")
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
