@@ -253,7 +253,7 @@ def write_index(path, root):
         for entry in found:
             entries += os.fsencode(entry)
             offsets.append(len(entries))
-    most = [f"{count:,} {name}" for name, count in kinds.most_common(9)]
+    most = [f"{count:,} {name}" for name, count in (+kinds).most_common(9)]
     left_out = f"; left out: {', '.join(most) or 'nothing'}"
     if not entries:
         raise UserError(f"{printable(root)} holds no images ({' '.join(SUFFIXES)}){left_out}")
@@ -330,15 +330,16 @@ def archive_entries(path, kinds):
         else:
             kinds["links or sparse files in archives"] += 1
     for name, _, place in archive_members(path) if links else ():
-        for link in links.get(name, ()) if place else ():
+        for link in links.pop(name, ()) if place else ():
             yield f"{path}\0{link}\0{place}"
+    kinds["links or sparse files in archives"] += sum(map(len, links.values()))
 
 
 def list_entries(path):
     """The entries of a text file with a path on each line. UserError if the first path does not exist."""
     folder = os.path.dirname(path)
     with open_file(path) as file:
-        lines = os.fsdecode(file.read()).split("\n")
+        lines = os.fsdecode(file.read()).removeprefix("\ufeff").split("\n")  # Windows marks UTF-8 by it
     entries = []
     for number, line in enumerate(lines, 1):
         line = line.strip(" \t\r")  # no other spaces: they may belong to a name
@@ -454,6 +455,8 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # profiles and p
 
 def to_rgb(image):
     """Any PIL image as RGB: of 16 bits the upper 8, and white where it is transparent."""
+    if image.mode == "F":
+        raise ValueError("pixels in floating point, of unknown range: convert it to 8 or 16 bits")
     if image.mode.startswith("I"):  # Pillow would clip at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:

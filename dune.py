@@ -770,11 +770,16 @@ def load_safetensors(path):
     with open(path, "rb") as file:
         content = bytearray(file.read())
     start = 8 + int.from_bytes(content[:8], "little")
+    cut_short = UserError("the file is cut short: get it again")
+    if start > len(content):
+        raise cut_short
     header = json.loads(content[8:start])
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
+        if start + end > len(content):
+            raise cut_short
         values = torch.frombuffer(content[start + begin:start + end], dtype=dtypes[entry["dtype"]])
         tensors[name] = values.view(entry["shape"])
     return tensors

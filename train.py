@@ -620,7 +620,8 @@ def read_checkpoint(args, rank):
             if value == OF_THE_MACHINE.get(name) and type(value) is type(trained_with):
                 setattr(args, name, trained_with)
             elif value != trained_with:
-                raise UserError(f"was trained with --{name.replace('_', '-')} {trained_with}, not {value}: "
+                before, now = [",".join(x) if isinstance(x, list) else x for x in (trained_with, value)]
+                raise UserError(f"was trained with --{name.replace('_', '-')} {before}, not {now}: "
                                 "use another --out, or --resume no to start over")
         images = checkpoint.get("images", args.images)
         if rank == 0 and images != args.images:

@@ -129,9 +129,12 @@ def test_a_tar_of_any_dialect(tmp_path, capfd):
         assert source.count == 4 and "left out: 1 links or sparse" in capfd.readouterr().err
         assert sum(np.array_equal(image, expect) for image in read_all(source)) == 2
     outer = tar_of(tmp_path / "outer.tar", tar_of(tmp_path / "inner.tar", root))
+    link = tarfile.TarInfo("link.jpg")
+    link.type, link.linkname = tarfile.LNKTYPE, "gone.jpg"
     with tarfile.open(outer, "w") as archive:
         archive.add(tmp_path / "inner.tar")
-    with pytest.raises(UserError, match="outer.tar holds no images.*left out: 1 .tar in archives"):
+        archive.addfile(link)
+    with pytest.raises(UserError, match="outer.tar holds no images.*: 1 .tar in archives, 1 links or sparse"):
         open_path(outer)
 
 
@@ -184,7 +187,7 @@ def test_what_exists_as_a_path_is_that_path(tmp_path, monkeypatch):
 def test_a_list_names_the_line_and_spaces_belong_to_a_name(tmp_path):
     odd = "\u00a0no\u202fbreak\u200d \t\u3000.png"
     photo().save(tmp_path / odd)
-    (tmp_path / "list.txt").write_text(f"# odd\n{odd}\r\n\n  {odd}\x1b[2J\n", encoding="utf-8")
+    (tmp_path / "list.txt").write_text(f"# odd\n{odd}\r\n\n  {odd}\x1b[2J\n", encoding="utf-8-sig")
     source = open_path(tmp_path / "list.txt")
     assert source.read(0) == photo()
     with pytest.raises(UserError) as error:

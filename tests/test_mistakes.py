@@ -137,6 +137,8 @@ def test_files_that_are_no_checkpoint(content, tmp_path):
     for raw in (b"", (2**60).to_bytes(8, "little") + b"{}", b"\2" + bytes(7) + b"[]"):
         path.write_bytes(raw)
         assert not loads(path)
+    path.write_bytes(safetensors({"x": torch.ones(3)})[:-1])
+    assert "cut short" in one_line(lambda: dune.load_checkpoint(path))
     for changes in ({"data_offsets": (4, 10**12)}, {"data_offsets": (4, 0)}, {"data_offsets": 5},
                     {"dtype": "F8"}, {"shape": "x"}, {"shape": (2**40, 2**40)}, {"shape": (-1, 5)}):
         path.write_bytes(safetensors({"x": torch.ones(3)}, **changes))
