@@ -65,7 +65,7 @@ def _forward_kernel(
         s_square = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         t_square = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         loss = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        for k in tl.static_range(tl.cdiv(D, BLOCK_D)):
+        for k in tl.static_range((D + BLOCK_D - 1) // BLOCK_D):
             s = _load(s_start, mask, k, D, BLOCK_D)
             t = (_load(t_start, mask, k, D, BLOCK_D) - means[k]) * inverses[k]
             dot += s * t
@@ -125,7 +125,7 @@ def _backward_kernel(
         c = dsmooth * _smooth_weight(D, BETA)
         s_start = student + _offset(image, token, s_batch, s_token, ALIGN)
         t_start = teacher + _offset(image, token, t_batch, t_token, ALIGN)
-        for k in tl.static_range(tl.cdiv(D, BLOCK_D)):
+        for k in tl.static_range((D + BLOCK_D - 1) // BLOCK_D):
             s = _load(s_start, mask, k, D, BLOCK_D)
             t = (_load(t_start, mask, k, D, BLOCK_D) - means[k]) * inverses[k]
             ds = a[:, None] * s - b[:, None] * t + c[:, None] * _smooth_l1_slope(s - t, BETA)
@@ -141,7 +141,7 @@ def _load_statistics(mean, std, eps, D: tl.constexpr, BLOCK_N: tl.constexpr, BLO
     and therefore t."""
     means, inverses = (), ()
     token = tl.zeros([BLOCK_N, 1], tl.int32)
-    for k in tl.static_range(tl.cdiv(D, BLOCK_D)):
+    for k in tl.static_range((D + BLOCK_D - 1) // BLOCK_D):
         channel = k * BLOCK_D + tl.arange(0, BLOCK_D)[None, :] + token
         mask = channel < D
         mu = tl.load(mean + channel, mask=mask, other=0.0)
