@@ -604,6 +604,15 @@ def init_linear(module):
         nn.init.zeros_(module.bias)
 
 
+def split_matrices(module):
+    """(The weights of attention and MLPs, for Muon; all other parameters, for AdamW), two lists."""
+    matrices, others = [], []
+    for name, p in module.named_parameters():
+        is_matrix = p.ndim == 2 and re.search(r"\b(qkv|proj|fc1|fc2)\.weight$", name)
+        (matrices if is_matrix else others).append(p)
+    return matrices, others
+
+
 # ---- Loading -----------------------------------------------------------------------------------------------
 
 class UserError(ValueError):

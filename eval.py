@@ -430,7 +430,7 @@ def train_probe(domain, features, targets, index, grid):
     def loss(step):
         batch = batches[step % len(batches)]
         return probe.loss(probe(take(features, batch)), take(targets, batch))
-    teachers.train(list(probe.parameters()), loss, STUDY["steps"], 1e-1)
+    teachers.train(probe, loss, STUDY["steps"], 1e-1)
     return probe
 
 
@@ -707,7 +707,7 @@ def linear_scores(train, labels, test, classes, steps, seed):
         def loss(step):
             batch = rest[torch.randint(len(rest), (min(1024, len(rest)),))]
             return F.cross_entropy(layer(train[batch]), labels[batch])
-        teachers.train(list(layer.parameters()), loss, steps, lr, description=f"linear layer, lr {lr:g}")
+        teachers.train(layer, loss, steps, lr, description=f"linear layer, lr {lr:g}")
         with torch.no_grad():
             held_out_loss = F.cross_entropy(layer(train[held_out]), labels[held_out])
             if held_out_loss < best_loss:
@@ -912,7 +912,7 @@ def train_dense(args, models, extractor, folder, outputs, loss_of):
         batch = torch.randint(len(tokens), (min(16, len(tokens)),))
         maps = layer(tokens[batch].to(models.device), side)
         return loss_of(maps, targets[batch].to(models.device))
-    teachers.train(list(layer.parameters()), loss, args.steps, 1e-2, description=args.command)
+    teachers.train(layer, loss, args.steps, 1e-2, description=args.command)
     return layer
 
 

@@ -32,6 +32,7 @@ from tqdm import tqdm
 import data
 import dune
 from dune import UserError
+from kernels.muon import Muon
 from teachers import TEACHERS, fast_bf16, list_teachers, load_teacher
 
 
@@ -54,6 +55,8 @@ RECIPE = {  # options that affect the result; the defaults are the published fir
     "epochs": (100.0, "length of the run, in epochs of --epoch-images", (1e-6, 1e6)),
     "epoch_images": (1_281_167, "images in an epoch", (1, 1e11)),
     "steps": (0, "length of the run in steps, instead of --epochs"),
+    "optimizer": ("adamw", "muon: Muon for the matrices of attention and MLPs", ("adamw", "muon")),
+    "muon_lr": (2.0, "learning rate of Muon, as a multiple of --lr"),
     "lr": (3e-4, "learning rate for a batch of 256; scaled linearly with the batch"),
     "min_lr": (1e-6, "learning rate at the end"),
     "warmup": (0.2, "fraction of the run in which the learning rate rises", (0, 1)),
@@ -128,7 +131,7 @@ def main(argv=None):
     source, teachers = load_networks(args, device, checkpoint)
     student = build_student(args, source, teachers, checkpoint).to(device)
     params = [p for p in student.parameters() if p.requires_grad]
-    optimizer, start = build_optimizer(args, params, checkpoint)      # start: number of steps already done
+    optimizer, start = build_optimizer(args, student, checkpoint)     # start: number of steps already done
     count = 32 if args.image_size <= 128 else 8                       # held-out images of each group
     images = data.held_out_images(held_out_groups, args.image_size, count).to(device)
     held_out = HeldOut(images, teachers, args.grid)
@@ -196,9 +199,10 @@ def train_step(args, step, batch, model, student, teachers, optimizer, params, g
         coefficient_total = coefficient_total + coefficient_sum
         add_metrics(metrics, losses, terms, part_index, loss_sum, coefficient_sum)
 
-    # 4. One step of AdamW. DDP leaves grad(sum(c * l)) / world: times world / sum(c) it is grad of the loss.
+    # 4. An update. DDP leaves grad(sum(c * l)) / world: times world / sum(c) it is the gradient of the loss.
     for group in optimizer.param_groups:
-        group["lr"] = lr_at(step, args.steps, args.lr * args.batch / 256, args.min_lr, args.warmup)
+        max_lr = args.lr * args.batch / 256 * (args.muon_lr if group.get("muon") else 1)
+        group["lr"] = lr_at(step, args.steps, max_lr, args.min_lr, args.warmup)
     grad_norm, skipped = update(params, optimizer, world / all_sum(coefficient_total), args.clip)
     metrics["", "grad_norm"] = torch.stack([torch.where(skipped > 0, 0, grad_norm), 1 - skipped])
     metrics["", "skipped"] = torch.stack([skipped, torch.ones_like(skipped)])
@@ -268,8 +272,8 @@ def all_sum(x):
 def update(params, optimizer, scale, clip):
     """Scale the gradients, clip the norm of each tensor on its own (as published), one step of the optimizer.
 
-    A gradient that is not finite skips the step on the device, as GradScaler does: fused AdamW does nothing
-    where found_inf is 1. The gradients are the same on all processes by now, so all skip together.
+    A gradient that is not finite skips the step on the device, as GradScaler does: fused AdamW and Muon do
+    nothing where found_inf is 1. The gradients are the same on all processes by now, so all skip together.
     Returns (norm of all gradients before clipping, 1.0 if the step was skipped else 0.0), tensors on the
     device.
     """
@@ -381,13 +385,20 @@ def encoder_options(vit):
     }
 
 
-def build_optimizer(args, params, checkpoint):
-    """(AdamW, number of steps already done). Weight decay for matrices only, not for 1-D parameters."""
+def build_optimizer(args, student, checkpoint):
+    """(AdamW, perhaps with Muon; number of steps already done). No weight decay for 1-D parameters."""
+    matrices, others = dune.split_matrices(student)
+    if args.optimizer == "adamw":
+        others = student.parameters()
+    params = [p for p in others if p.requires_grad]
     groups = [
         {"params": [p for p in params if p.ndim > 1], "weight_decay": args.weight_decay},
         {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, args.lr, (args.beta1, args.beta2), args.eps, fused=True)
+    if args.optimizer == "muon":
+        dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+        groups.append({"params": matrices, "weight_decay": args.weight_decay, "muon": dtype})
+    optimizer = Muon(groups, args.lr, (args.beta1, args.beta2), args.eps, fused=True)
     if checkpoint is None:
         return optimizer, 0
     with dune.user_errors(args.checkpoint):
@@ -615,7 +626,7 @@ def read_checkpoint(args, rank):
     checkpoint = dune.load_checkpoint(args.checkpoint)
     with dune.user_errors(args.checkpoint):
         for name in RECIPE:
-            trained_with = checkpoint["args"].get(name)
+            trained_with = checkpoint["args"].get(name, RECIPE[name][0])  # older runs lack newer options
             value = getattr(args, name)
             if value == OF_THE_MACHINE.get(name) and type(value) is type(trained_with):
                 setattr(args, name, trained_with)

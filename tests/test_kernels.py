@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import reference
+from kernels import muon, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -387,3 +387,35 @@ def test_compiles_for_one_channel(monkeypatch):
 def test_all_of_this_on_the_triton_kernels_in_the_interpreter():
     pytest.importorskip("triton", reason="no Triton on this system")
     python(ROOT, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, TRITON_INTERPRET="1")
+
+
+# ---- Muon
+
+@plain
+@pytest.mark.parametrize("shape", [(96, 96), (64, 256), (300, 80)])
+def test_an_update_keeps_the_singular_vectors_and_makes_the_values_one(shape, device):
+    u, _, vt = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    values = torch.logspace(-1.5, 1, len(vt))
+    x = muon.orthogonalize(1e-5 * (u * values) @ vt)
+    inner = u.mT @ x @ vt.mT
+    assert inner.diag().sub(1).abs().max() < 0.5
+    assert (inner - inner.diag().diag()).abs().max() < 1e-3
+
+
+@plain
+def test_muon_is_torchs_and_a_bad_update_is_skipped(device):
+    """torch's runs in bf16, and waits for the device to skip."""
+    ours, torchs = (torch.nn.Parameter(torch.ones(48, 32)) for _ in range(2))
+    optimizer = muon.Muon([{"params": [ours], "muon": torch.float32}], lr=0.1, weight_decay=0.2)
+    reference_optimizer = torch.optim.Muon([torchs], 0.1, 0.2, adjust_lr_fn="match_rms_adamw")
+    for bad in (0, 1, 0):
+        before = ours.detach().clone()
+        optimizer.found_inf = torch.tensor(float(bad))
+        ours.grad = torchs.grad = torch.randn(48, 32)
+        if bad:
+            ours.grad = ours.grad * float("nan")
+        else:
+            reference_optimizer.step()
+        optimizer.step()
+        assert ours.equal(before) == bool(bad)
+    assert error(ours - 1, torchs.double() - 1) < 0.02

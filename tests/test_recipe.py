@@ -57,11 +57,27 @@ def test_initial_weights(projector):
 def test_weight_decay_is_for_matrices():
     model = dune.DUNE(dune.ViT(56, 14, 64, 1, 1), {"dinov2": (64, True)})
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer, _ = train.build_optimizer(train.parse_args([]), params, None)
+    optimizer, _ = train.build_optimizer(train.parse_args([]), model, None)
     matrices, vectors = optimizer.param_groups
     assert {p.ndim for p in matrices["params"]} == {2, 3, 4} and {p.ndim for p in vectors["params"]} == {1}
     assert matrices["weight_decay"] == 0.03 and vectors["weight_decay"] == 0
     assert len(matrices["params"]) + len(vectors["params"]) == len(params)
+
+
+@pytest.mark.parametrize("projector, taken", [
+    ("tp", {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"}),
+    ("sp", {"mlps.cls.fc1", "mlps.cls.fc2", "mlps.patch.fc1", "mlps.patch.fc2"}),
+])
+def test_muon_takes_the_matrices_of_attention_and_mlps(projector, taken):
+    model = dune.DUNE(dune.ViT(56, 14, 64, 1, 1), {"dinov2": (64, True)}, projector)
+    optimizer, _ = train.build_optimizer(train.parse_args(["--optimizer", "muon"]), model, None)
+    names = {p: name for name, p in model.named_parameters()}
+    found = {names[p].removesuffix(".weight") for p in optimizer.param_groups[2]["params"]}
+    wanted = {f"encoder.blocks.0.{x}" for x in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    prefix = "projectors.dinov2.blocks.0" if projector == "tp" else "projectors.dinov2"
+    assert found == wanted | {f"{prefix}.{x}" for x in taken}
+    rest = sum(len(group["params"]) for group in optimizer.param_groups[:2])
+    assert rest + len(found) == sum(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("clip, norms", [(1.0, [1.0, 0.5]), (0.0, [4.0, 0.5])])

@@ -103,6 +103,7 @@ def wait_for(condition):
     (1, "--sharing own+generic", "--accumulate 4"),
     (2, "--sharing own", "--accumulate 2"),
     (4, "", ""),
+    (2, "--optimizer muon", "--accumulate 2"),
 ])
 def test_several_processes_and_micro_batches_are_one(world, options, own_options, argv, tmp_path):
     options += " --steps 10"
@@ -240,8 +241,9 @@ def test_a_run_learns_and_leaves_its_files(argv, tmp_path, capsys):
     assert (tmp_path / "plot.png").exists()
 
 
-def test_a_run_stopped_twice_is_the_undisturbed_run_to_the_last_bit(argv, tmp_path, monkeypatch):
-    options = "--steps 6 --drop-path 0.2 --sharing own+generic"
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_stopped_twice_is_the_undisturbed_run_to_the_last_bit(optimizer, argv, tmp_path, monkeypatch):
+    options = f"--steps 6 --drop-path 0.2 --sharing own+generic --optimizer {optimizer}"
     train.main(argv(tmp_path / "whole", options))
     for stop in (2, 4, 6):
         monkeypatch.setattr(train.StopSignal, "requested", lambda self, step: step == stop)
@@ -252,7 +254,8 @@ def test_a_run_stopped_twice_is_the_undisturbed_run_to_the_last_bit(argv, tmp_pa
     assert all(parts[key].equal(x) for key, x in whole.items())
 
 
-def test_steps_that_are_not_finite_are_skipped_and_ten_end_the_run(argv, tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_steps_that_are_not_finite_are_skipped_and_ten_end_the_run(optimizer, argv, tmp_path, monkeypatch):
     update_norms = dune.update_norms
     poisoned = [False, True, False, False] + 2 * [False] + 10 * [True]  # steps of both runs
 
@@ -262,7 +265,7 @@ def test_steps_that_are_not_finite_are_skipped_and_ten_end_the_run(argv, tmp_pat
         return update_norms(norms, features, momentum)
 
     monkeypatch.setattr(dune, "update_norms", poison)
-    train.main(argv(tmp_path / "a", "--steps 4"))
+    train.main(argv(tmp_path / "a", f"--steps 4 --optimizer {optimizer}"))
     assert [line["skipped"] for line in log_lines(tmp_path / "a")] == [0, 1, 0, 0]
     assert all(x.isfinite().all() for x in load_model(tmp_path / "a").values())
     with pytest.raises(dune.UserError, match="not finite for ten steps until step 12 .losses: dinov2 nan"):
