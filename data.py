@@ -672,21 +672,23 @@ class Samples(Dataset):
     A sample is a pure function of its position and of the fields below."""
 
     groups: list
-    image_size: int
+    image_sizes: list
+    batch: int
     seed: int
     scale: tuple  # smallest and largest share of the area that a crop takes
     color: float  # share of the images that get other colors
 
     def __getitem__(self, position):
+        size = size_at(position // self.batch, self.image_sizes, self.seed)
         draw, g = divmod(position, len(self.groups))
         group = self.groups[g]
         epoch, i = divmod(draw, group.count)
         source, i = group.locate(permuted_index(i, group.count, self.seed, g, epoch))
-        image, bad = read_or_next(source, i, self.image_size / math.sqrt(self.scale[0]))
+        image, bad = read_or_next(source, i, size / math.sqrt(self.scale[0]))
         rng = np.random.default_rng((self.seed, position))
         params = draw_color(rng, self.color)
         box = random_crop(*image.size, rng, self.scale)
-        pixels = resize(image, box, self.image_size, self.image_size)
+        pixels = resize(image, box, size, size)
         if rng.random() < 0.5:
             pixels = pixels.flip(2)
         return {
@@ -698,6 +700,12 @@ class Samples(Dataset):
         }
 
 
+def size_at(step, image_sizes, seed):
+    """The image size of a step. Each size comes once in a round of as many steps, in random order."""
+    n = len(image_sizes)
+    return image_sizes[permuted_index(step % n, n, seed, step // n)]
+
+
 def positions(step, batch, rank, world):
     """The sampler: for each step from `step` on, the positions of this process's part of the global batch."""
     for first in itertools.count(step * batch + rank * batch // world, batch):
@@ -706,7 +714,7 @@ def positions(step, batch, rank, world):
 
 def batches(
     groups,
-    image_size,
+    image_sizes,
     batch,
     seed=0,
     rank=0,
@@ -718,16 +726,17 @@ def batches(
 ):
     """Endlessly, this process's part of each global batch from `start_step` on: b = batch // world images.
 
+    image_sizes: a list of pixels; a step takes one of them, see size_at.
     Yields {"image": uint8 [b, 3, S, S], "group": int64 [b] (index into groups), "params": float32 [b, 11] for
     `augment`, "bad": ["path: reason"] of images that others replaced}, pinned if there is a GPU and enough
-    /dev/shm. What step k holds depends on groups, image_size, batch, seed, scale and color alone.
+    /dev/shm. What step k holds depends on groups, image_sizes, batch, seed, scale and color alone.
     UserError if more than one in ten images of a source cannot be read.
     """
     for group in groups:
         for source in group.sources:
-            source.prepare(image_size)
+            source.prepare(max(image_sizes))
     workers *= hasattr(os, "fork")  # on Windows the main process reads the images
-    samples = Samples(groups, image_size, seed, scale, color)
+    samples = Samples(groups, image_sizes, batch, seed, scale, color)
     num_read, num_failed = Counter(), Counter()  # by source
     step = start_step
     restarts = 0
@@ -949,7 +958,7 @@ def show_data(groups, teachers, size, path):
               f"{'all teachers' if group.generic else 'nobody else'}")
         for source in group.sources:
             print(f"    {source.count:,} images in {source.spec}{source.left_out}")
-    batch = next(batches(groups, size, 32 * len(groups), workers=0))
+    batch = next(batches(groups, [size], 32 * len(groups), workers=0))
     print(f"unreadable: {len(batch['bad'])} of {len(batch['image'])}", *batch["bad"], sep="\n  ")
     pixels = recolor(batch["image"] / 255, batch["params"])
     rows = (pixels * 255).byte().split(len(groups))  # position p is of group p % G

@@ -32,7 +32,7 @@ import data
 import dune
 import teachers
 from dune import UserError
-from train import HeldOut, add_options, pick_device, read_log, run_main
+from train import HeldOut, add_options, parse_sizes, pick_device, read_log, run_main
 
 
 # ---- The commands ----------------------------------------------------------------------------------------
@@ -83,6 +83,7 @@ COMMANDS = {
     "loss": Command("Distillation losses on held-out images, by the running statistics.", {
         **MODEL,
         "data": IMAGES["data"],
+        "image_size": ("0", "pixels, several: 224,336; 0: as the student was trained"),
     }),
     "knn": Command("A folder of images for each class: weighted k-NN as in DINO, top-1 and top-5.", {
         **CLASSIFY,
@@ -252,15 +253,20 @@ def sample_images(args, models, count):
 # ---- Losses ----------------------------------------------------------------------------------------------
 
 def command_loss(args):
+    text, args.image_size = args.image_size, 0
     models = load_models(args)
     student = models.student
     if not student or models.teachers.keys() - student.projectors.keys():
         raise UserError("loss needs a student (--run or --checkpoint) and teachers that it learned from")
-    images = sample_images(args, models, 32 if models.image_size <= 128 else 8)
-    images = images.to(models.device)
-    losses = HeldOut(images, models.teachers, models.grid).losses(student, running=True)
-    print(f"losses on {len(images)} images")
-    write_results(args, losses, image_size=models.image_size)
+    sizes = [models.image_size] if text == "0" else parse_sizes(text, models.patch_size)
+    images = []
+    for size in sizes:
+        models.image_size = size
+        batch = sample_images(args, models, 32 if size <= 128 else 8)
+        images.append(batch.to(models.device))
+    losses = HeldOut(images, models.teachers, models.patch_size).losses(student, running=True)
+    print(f"losses on {len(batch)} images")
+    write_results(args, losses, image_size=sizes)
 
 
 # ---- The study: linear probes on procedural scenes -------------------------------------------------------

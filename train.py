@@ -43,7 +43,7 @@ RECIPE = {  # options that affect the result; the defaults are the published fir
     "teachers": ("dinov2,mast3r,multihmr", "comma-separated names, see --list-teachers"),
     "arch": ("base", "size of the student", dune.SIZES),
     "patch_size": (14, "patch size of the student, pixels", (1, 64)),
-    "image_size": (336, "side of the training images, pixels", (1, 4096)),
+    "image_size": ("336", "side of the training images, pixels; several: 224,336,448, one in each step"),
     "registers": (4, "register tokens of the student"),
     "layer_scale": (1e-4, "initial LayerScale of the student, 0 = none"),
     "drop_path": (0.0, "stochastic depth of the student's last block", (0, 0.99)),
@@ -72,11 +72,11 @@ RECIPE = {  # options that affect the result; the defaults are the published fir
 }
 PRESETS = {
     "stage1": {},
-    "stage2": dict(image_size=448, epochs=50.0, lr=5e-5),          # with --init out/stage1/checkpoint.pt
-    "unic": dict(teachers="dino,deit3,ibot,dbotft", patch_size=16, image_size=224, registers=0,
+    "stage2": dict(image_size="448", epochs=50.0, lr=5e-5),          # with --init out/stage1/checkpoint.pt
+    "unic": dict(teachers="dino,deit3,ibot,dbotft", patch_size=16, image_size="224", registers=0,
                  layer_scale=0.0, drop_path=0.1, projector="lp", norm="unic", epochs=200.0, warmup=0.05,
                  crop=0.08, clip=0.0, eps=1e-8),
-    "tiny": dict(arch="tiny", image_size=112, batch=24, steps=1200, sharing="own", lr=26e-3, warmup=0.1,
+    "tiny": dict(arch="tiny", image_size="112", batch=24, steps=1200, sharing="own", lr=26e-3, warmup=0.1,
                  projector="sp", layer_scale=0.0, crop=1.0, color=0.0),
 }
 OF_THE_MACHINE = {"batch": 0, "steps": 0, "dtype": "auto"}  # settled by resolve_args(), then kept by the run
@@ -121,7 +121,7 @@ def main(argv=None):
     held_out_groups = data.parse_data(args.val, specs)
     args.images = "; ".join([*args.data, *[f"{group.name}: {group.count} images" for group in groups]])
     if args.show_data:
-        return data.show_data(groups, args.teachers, args.image_size, args.show_data)
+        return data.show_data(groups, args.teachers, max(args.image_sizes), args.show_data)
 
     # Teachers, student, optimizer
     rank, world, device = init_distributed(args.device)
@@ -132,11 +132,12 @@ def main(argv=None):
     student = build_student(args, source, teachers, checkpoint).to(device)
     params = [p for p in student.parameters() if p.requires_grad]
     optimizer, start = build_optimizer(args, student, checkpoint)     # start: number of steps already done
-    count = 32 if args.image_size <= 128 else 8                       # held-out images of each group
-    images = data.held_out_images(held_out_groups, args.image_size, count).to(device)
-    held_out = HeldOut(images, teachers, args.grid)
+    images = []  # held-out ones of each size
+    for size in args.image_sizes:
+        images.append(data.held_out_images(held_out_groups, size, 32 if size <= 128 else 8).to(device))
+    held_out = HeldOut(images, teachers, args.patch_size)
     model = compile_and_wrap(args, student, teachers, world, device)
-    loader = data.batches(groups, args.image_size, args.batch, args.seed, rank, world, start, args.workers,
+    loader = data.batches(groups, args.image_sizes, args.batch, args.seed, rank, world, start, args.workers,
                           (args.crop, 1.0), args.color)
     parts = model, student, teachers, optimizer, params, group_mask, rank, world
     print_config(args, rank, world, device, teachers)
@@ -175,7 +176,8 @@ def train_step(args, step, batch, model, student, teachers, optimizer, params, g
     torch.manual_seed(step_seed(args, step) + 1 + rank)  # of stochastic depth: resuming is reproducible
 
     # 1. The frozen teachers, each on the images it supervises: {"cls": [b_t, D_t] or None, "patch"}
-    features = {name: teachers[name](images[to_device(index[name], device)], args.grid) for name in teachers}
+    grid = dune.token_grid(images, args.patch_size)
+    features = {name: teachers[name](images[to_device(index[name], device)], grid) for name in teachers}
 
     # 2. Mean and std per channel, teacher and token type, over the images of all processes
     statistics = dune.update_norms(student.teacher_norms, features, momentum_at(step, args.steps))
@@ -329,8 +331,9 @@ def load_networks(args, device, checkpoint):
 def build_student(args, source, teachers, checkpoint):
     """The student on the CPU: a new one, one that starts from --init, or that of the run to resume."""
     torch.manual_seed(args.seed)                              # the same initial weights on every process
-    encoder = dune.ViT(args.image_size, args.patch_size, registers=args.registers, drop_path=args.drop_path,
-                       layer_scale=args.layer_scale or None, **dune.SIZES[args.arch])
+    encoder = dune.ViT(max(args.image_sizes), args.patch_size, registers=args.registers,
+                       drop_path=args.drop_path, layer_scale=args.layer_scale or None,
+                       **dune.SIZES[args.arch])
     encoder.checkpoint_blocks = args.recompute
     dims = {name: (teacher.dim, teacher.has_cls) for name, teacher in teachers.items()}
     student = dune.DUNE(encoder, dims, args.projector, args.norm)
@@ -429,43 +432,54 @@ def print_config(args, rank, world, device, teachers):
         for name, teacher in teachers.items():
             print(f"teacher {name}: {data.printable(teacher.file)}")
         note = "; random teacher weights: losses are meaningless" if args.random_teachers else ""
+        tokens = [f"{args.batch * (size // args.patch_size)**2:,}" for size in args.image_sizes]
         print(f"{len(args.teachers)} teachers, {args.steps} steps of {args.batch} images at {args.image_size}"
-              f" px, {world} process(es) on {device.type}, {args.dtype}{note}")
+              f" px ({' or '.join(tokens)} patch tokens), {world} process(es) on {device.type}, "
+              f"{args.dtype}{note}")
 
 
 # ---- Evaluation on held-out images, pictures ---------------------------------------------------------------
 
 class HeldOut:
-    """Images that no run trains on, uint8 [n, 3, H, W], and their teachers' features, computed once."""
+    """Images that no run trains on, and their teachers' features, computed once.
 
-    def __init__(self, images, teachers, grid):
+    images: a list, for each image size uint8 [n, 3, H, W]
+    """
+
+    def __init__(self, images, teachers, patch_size):
         self.images = images
-        self.inputs = data.normalize(images)
-        self.features = {name: teacher(self.inputs, grid) for name, teacher in teachers.items()}
+        self.inputs = [data.normalize(batch) for batch in images]
+        self.features = []
+        for inputs in self.inputs:
+            grid = dune.token_grid(inputs, patch_size)
+            self.features.append({name: teacher(inputs, grid) for name, teacher in teachers.items()})
 
     @torch.no_grad()
     def losses(self, student, running=False):
         """{teacher: {"loss", "cls_cos", "cls_smooth_l1", "patch_cos", "patch_smooth_l1"}}, means over images.
 
+        With several sizes there is one for each, with the size in its name.
         The features are standardized by their own statistics, so that a student that has learned nothing yet
         can be compared. running=True: by the running averages.
         """
-        training = student.training
-        with torch.compiler.set_stance("force_eager"):  # this batch size is not worth a compilation
-            outputs = student.eval()(self.inputs)
-        student.train(training)
         results = {}
-        for name, tokens in self.features.items():
-            norm = student.teacher_norms[name]
-            statistics = {}
-            for token_type in norm.normalizers:
-                flat = tokens[token_type].float().flatten(0, -2)  # [tokens, D_t]
-                std, mean = torch.std_mean(flat, 0, correction=0)
-                batch = mean, std.clamp(min=1e-3)
-                statistics[token_type] = norm.statistics(token_type) if running else batch
-            loss, terms = dune.image_losses(outputs[name], tokens, statistics)
-            terms["loss"] = loss
-            results[name] = {term: value.mean().item() for term, value in terms.items()}
+        for inputs, features in zip(self.inputs, self.features):
+            training = student.training
+            with torch.compiler.set_stance("force_eager"):  # this batch size is not worth a compilation
+                outputs = student.eval()(inputs)
+            student.train(training)
+            size = f" {inputs.shape[-1]} px" if len(self.inputs) > 1 else ""
+            for name, tokens in features.items():
+                norm = student.teacher_norms[name]
+                statistics = {}
+                for token_type in norm.normalizers:
+                    flat = tokens[token_type].float().flatten(0, -2)  # [tokens, D_t]
+                    std, mean = torch.std_mean(flat, 0, correction=0)
+                    batch = mean, std.clamp(min=1e-3)
+                    statistics[token_type] = norm.statistics(token_type) if running else batch
+                loss, terms = dune.image_losses(outputs[name], tokens, statistics)
+                terms["loss"] = loss
+                results[name + size] = {term: value.mean().item() for term, value in terms.items()}
         return results
 
 
@@ -477,11 +491,12 @@ def finish(args, log, student, teachers, held_out):
     elif log.rank == 0:
         log.evaluate(args.steps, student, held_out)
         evaluations = [line["held_out"] for line in read_log(args.out) if "held_out" in line]
-        print(f"\nloss on {len(held_out.images)} held-out images\n"
-              f"{'teacher':12}{'at the start':>14}{'at the end':>12}")
-        for name in teachers:
-            print(f"{name:12}{evaluations[0][name]:14.4f}{evaluations[-1][name]:12.4f}")
-        images = held_out.images[::len(held_out.images) // 6 or 1]  # of all groups
+        images = held_out.images[0]
+        print(f"\nloss on {len(images)} held-out images\n"
+              f"{'teacher':16}{'at the start':>14}{'at the end':>12}")
+        for name, loss in evaluations[-1].items():
+            print(f"{name:16}{evaluations[0][name]:14.4f}{loss:12.4f}")
+        images = images[::len(images) // 6 or 1]  # of all groups
         with torch.compiler.set_stance("force_eager"):
             picture = data.pca_sheet(student, teachers, images, f"{args.out}/pca.png")
         print(f"\nwrote {args.checkpoint}, {args.out}/log.jsonl, {plot_logs([args.out])}, {picture}")
@@ -630,7 +645,7 @@ def read_checkpoint(args, rank):
             value = getattr(args, name)
             if value == OF_THE_MACHINE.get(name) and type(value) is type(trained_with):
                 setattr(args, name, trained_with)
-            elif value != trained_with:
+            elif str(value) != str(trained_with):  # --image-size was a number
                 before, now = [",".join(x) if isinstance(x, list) else x for x in (trained_with, value)]
                 raise UserError(f"was trained with --{name.replace('_', '-')} {before}, not {now}: "
                                 "use another --out, or --resume no to start over")
@@ -724,29 +739,32 @@ WARMUP_STEPS = 5
 
 
 def bench(args, loader, parts):
-    """Print images/s, MFU and peak memory of --bench steps, without the loading of images.
+    """Print images/s, MFU and peak memory of --bench steps of each image size, without loading images.
 
-    FLOPs are counted in a step: what really runs."""
+    FLOPs are counted in a step of each: what really runs."""
     model, *_, rank, world = parts
     device = next(model.parameters()).device
-    batches = [next(loader) for _ in range(WARMUP_STEPS)]   # of every number of images for a teacher
+    sizes = len(args.image_sizes)
+    warmup_steps = WARMUP_STEPS * sizes
+    batches = [next(loader) for _ in range(warmup_steps)]   # of every number of images for a teacher
     with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
-        metrics = train_step(args, 0, batches[0], *parts)
-    for step in range(WARMUP_STEPS + args.bench):
-        if step == WARMUP_STEPS:
+        for batch in batches[:sizes]:
+            metrics = train_step(args, 0, batch, *parts)
+    for step in range(warmup_steps + args.bench * sizes):
+        if step == warmup_steps:
             metrics["", "loss"].tolist()  # waits for the device
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()  # of the eager step, and of compiling
             begin = time.perf_counter()
-        metrics = train_step(args, step, batches[step % WARMUP_STEPS], *parts)
+        metrics = train_step(args, step, batches[step % warmup_steps], *parts)
     metrics["", "loss"].tolist()
-    seconds = (time.perf_counter() - begin) / args.bench
+    seconds = (time.perf_counter() - begin) / args.bench / sizes
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     n = 1024 if device.type == "cpu" else 8192
     matrix = torch.randn(n, n, device=device, dtype=dtype)
     timer = torch.utils.benchmark.Timer("matrix @ matrix", globals={"matrix": matrix})
     rate = 2 * n**3 / timer.blocked_autorange().median
-    flops = counter.get_total_flops() / seconds
+    flops = counter.get_total_flops() / sizes / seconds
     if rank == 0:
         print(f"{args.batch / seconds:.1f} images/s, {1000 * seconds:.1f} ms a step, {world} process(es), "
               f"{flops / 1e12:.3f} TFLOP/s each, {flops / rate:.1%} of large {args.dtype} matmuls here (MFU)")
@@ -795,7 +813,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.out = args.out or f"out/{args.preset}"
     args.checkpoint = f"{args.out}/checkpoint.pt"
-    args.grid = dune.token_grid(torch.empty(args.image_size, args.image_size), args.patch_size)
+    args.image_sizes = parse_sizes(args.image_size, args.patch_size)
     args.teachers = args.teachers.split(",")
     for name in args.teachers:
         if name not in TEACHERS or args.teachers.count(name) > 1:
@@ -814,6 +832,18 @@ def parse_args(argv=None):
     if args.preset == "stage2" and not args.init:
         raise UserError("--preset stage2 requires --init out/stage1/checkpoint.pt")
     return args
+
+
+def parse_sizes(text, patch_size):
+    """Sides of images in pixels, "224,336" -> [224, 336]. UserError if one is no multiple of the patch."""
+    sizes = []
+    for word in text.split(","):
+        size = int(word) if word.isdecimal() else 0
+        if not 0 < size <= 4096 or size % patch_size or size in sizes:
+            raise UserError(f"--image-size {text}: {word} is not a multiple of the patch size {patch_size}, "
+                            "or given twice")
+        sizes.append(size)
+    return sizes
 
 
 def resolve_args(args, world, device, group_mask):

@@ -72,7 +72,20 @@ def read_all(source):
 
 
 def take(n, groups, size, batch, **options):
-    return list(itertools.islice(data.batches(groups, size, batch, **options), n))
+    return list(itertools.islice(data.batches(groups, [size], batch, **options), n))
+
+
+def test_each_round_of_steps_takes_every_size_once():
+    """Whatever the processes, and wherever a run is resumed."""
+    sizes = [28, 42, 56]
+    taken = [data.size_at(step, sizes, seed=3) for step in range(60)]
+    rounds = [tuple(taken[k:k + 3]) for k in range(0, 60, 3)]
+    assert all(sorted(lap) == sizes for lap in rounds) and len(set(rounds)) == 6
+    assert [data.size_at(step, [56], seed=3) for step in range(3)] == [56] * 3
+    groups = data.parse_data([], {"dinov2": TEACHERS["dinov2"]}, ":0-20")
+    options = dict(seed=3, world=2, rank=1, workers=0, start_step=4)
+    batches = list(itertools.islice(data.batches(groups, sizes, 4, **options), 5))
+    assert [batch["image"].shape[2:] for batch in batches] == [(size, size) for size in taken[4:9]]
 
 
 # ---- Sources -----------------------------------------------------------------------------------------------
@@ -367,7 +380,7 @@ def test_batches_are_a_pure_function_of_the_step(tmp_path):
 def test_a_killed_worker_does_not_end_the_run(capfd):
     groups = data.parse_data([], TEACHERS)
     list(torch.utils.data.DataLoader([0], num_workers=1))  # leaves a handler that raises when a child dies
-    stream = data.batches(groups, 28, 6, workers=2)
+    stream = data.batches(groups, [28], 6, workers=2)
     seen = [next(stream)]
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
@@ -586,7 +599,7 @@ def test_color_agrees_with_pillow():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_color_on_a_gpu_agrees_and_is_not_waited_for():
-    item = next(data.batches(data.parse_data([], TEACHERS), 56, 24, workers=0))
+    item = next(data.batches(data.parse_data([], TEACHERS), [56], 24, workers=0))
     expect = data.augment(item["image"], item["params"])
     image = item["image"].cuda()
     torch.cuda.set_sync_debug_mode("error")

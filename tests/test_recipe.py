@@ -13,12 +13,12 @@ import teachers
 import train
 
 # naver/dune (arXiv 2503.14405, section 4, supplement, its code) and naver/unic (arXiv 2408.05088)
-DUNE = dict(teachers=["dinov2", "mast3r", "multihmr"], arch="base", patch_size=14, image_size=336,
+DUNE = dict(teachers=["dinov2", "mast3r", "multihmr"], arch="base", patch_size=14, image_size="336",
             registers=4, layer_scale=1e-4, drop_path=0.0, projector="tp", norm="dune", sharing="all",
             drop=0.5, epochs=100.0, epoch_images=1_281_167, lr=3e-4, min_lr=1e-6, warmup=0.2,
             weight_decay=0.03, beta1=0.9, beta2=0.99, eps=1e-15, clip=1.0, crop=0.4, color=1.0)
-STAGE2 = dict(image_size=448, epochs=50.0, lr=5e-5)
-UNIC = dict(teachers=["dino", "deit3", "ibot", "dbotft"], patch_size=16, image_size=224, registers=0,
+STAGE2 = dict(image_size="448", epochs=50.0, lr=5e-5)
+UNIC = dict(teachers=["dino", "deit3", "ibot", "dbotft"], patch_size=16, image_size="224", registers=0,
             layer_scale=0.0, drop_path=0.1, projector="lp", norm="unic", epochs=200.0, warmup=10 / 200,
             crop=0.08, clip=0.0, eps=1e-8)
 

@@ -159,7 +159,7 @@ def test_another_machine_changes_nothing_in_a_run(argv, tmp_path, monkeypatch, c
     command = argv(tmp_path, f"{left_to_the_machine} --batch 0")
     codes, text = end(start(2, tmp_path / "output", command), tmp_path / "output")
     dtype = "bf16" if bf16 else "fp32"
-    assert codes == [0, 0] and f"2 steps of 2 images at 56 px, 2 process(es) on cpu, {dtype}" in text, text
+    assert codes == [0, 0] and f"2 steps of 2 images at 56 px (32 patch tokens), 2 process(es) on cpu, {dtype}" in text, text
     assert "Warning" not in text and len(log_lines(tmp_path)) == 2, text
 
 
@@ -241,9 +241,10 @@ def test_a_run_learns_and_leaves_its_files(argv, tmp_path, capsys):
     assert (tmp_path / "plot.png").exists()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_run_stopped_twice_is_the_undisturbed_run_to_the_last_bit(optimizer, argv, tmp_path, monkeypatch):
-    options = f"--steps 6 --drop-path 0.2 --sharing own+generic --optimizer {optimizer}"
+@pytest.mark.parametrize("own_options", ["--drop-path 0.2 --sharing own+generic", "--optimizer muon",
+                                         "--image-size 28,56,84"])
+def test_a_run_stopped_twice_is_the_undisturbed_run_to_the_last_bit(own_options, argv, tmp_path, monkeypatch):
+    options = f"--steps 6 {own_options}"
     train.main(argv(tmp_path / "whole", options))
     for stop in (2, 4, 6):
         monkeypatch.setattr(train.StopSignal, "requested", lambda self, step: step == stop)
@@ -270,6 +271,28 @@ def test_steps_that_are_not_finite_are_skipped_and_ten_end_the_run(optimizer, ar
     assert all(x.isfinite().all() for x in load_model(tmp_path / "a").values())
     with pytest.raises(dune.UserError, match="not finite for ten steps until step 12 .losses: dinov2 nan"):
         train.main(argv(tmp_path / "b", "--steps 50"))
+
+
+def test_a_run_of_several_sizes_tells_each(argv, tmp_path, capsys):
+    train.main(argv(tmp_path, "--steps 6 --image-size 28,56,84 --log-every 1"))
+    text = capsys.readouterr().out
+    assert "12 images at 28,56,84 px (48 or 192 or 432 patch tokens)" in text
+    rows = re.findall(r"(\w+ \d+ px) +\d.\d+ +\d.\d+", text)
+    assert rows == [f"{name} {size} px" for size in (28, 56, 84) for name in NAMES]
+    with pytest.raises(dune.UserError, match="was trained with --image-size 28,56,84, not 28,84"):
+        train.main(argv(tmp_path, "--steps 6 --image-size 28,84"))
+    assert dune.load(tmp_path / "checkpoint.pt").encoder.grid == 6
+
+
+def test_runs_from_before_newer_options_are_continued(argv, tmp_path):
+    train.main(argv(tmp_path, "--steps 1"))
+    checkpoint = dune.load_checkpoint(tmp_path / "checkpoint.pt")
+    del checkpoint["args"]["optimizer"], checkpoint["args"]["muon_lr"]
+    checkpoint["args"]["image_size"] = 56
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    train.main(argv(tmp_path, "--steps 1"))
+    with pytest.raises(dune.UserError, match="was trained with --optimizer adamw, not muon"):
+        train.main(argv(tmp_path, "--steps 1 --optimizer muon"))
 
 
 # ---- Checkpoints
@@ -429,7 +452,9 @@ def test_lists_and_samples(argv, tmp_path, capsys):
 
 @pytest.mark.parametrize("options, message", [
     ("--teachers dinov2,dinov9", "unknown or repeated teacher 'dinov9'"),
-    ("--image-size 100", "is not divisible by the patch size"),
+    ("--image-size 100", "--image-size 100: 100 is not a multiple of the patch size 14"),
+    ("--image-size 56,84,56", "--image-size 56,84,56: 56 is not a multiple of the patch size 14, or given twice"),
+    ("--image-size 56,", "--image-size 56,:  is not a multiple"),
     ("--arch huge", "argument --arch: invalid choice: 'huge'"),
     ("--arch odd", "--arch odd: embed_dim must be 64 * num_heads"),
     ("--drop 1.5", "argument --drop: '1.5' is not float from 0 to 1"),
