@@ -76,8 +76,8 @@ PRESETS = {
     "unic": dict(teachers="dino,deit3,ibot,dbotft", patch_size=16, image_size="224", registers=0,
                  layer_scale=0.0, drop_path=0.1, projector="lp", norm="unic", epochs=200.0, warmup=0.05,
                  crop=0.08, clip=0.0, eps=1e-8),
-    "tiny": dict(arch="tiny", image_size="112", batch=24, steps=1200, sharing="own", lr=26e-3, warmup=0.1,
-                 projector="sp", layer_scale=0.0, crop=1.0, color=0.0),
+    "tiny": dict(arch="tiny", image_size="112", batch=24, steps=600, sharing="own", optimizer="muon",
+                 muon_lr=4.0, lr=26e-3, warmup=0.1, projector="sp", layer_scale=0.0, crop=1.0, color=0.0),
 }
 OF_THE_MACHINE = {"batch": 0, "steps": 0, "dtype": "auto"}  # settled by resolve_args(), then kept by the run
 TINY_SCENES = ":1000000-1002500"  # seeds of the tiny preset's scenes; its teachers have not seen them
@@ -180,7 +180,8 @@ def train_step(args, step, batch, model, student, teachers, optimizer, params, g
     features = {name: teachers[name](images[to_device(index[name], device)], grid) for name in teachers}
 
     # 2. Mean and std per channel, teacher and token type, over the images of all processes
-    statistics = dune.update_norms(student.teacher_norms, features, momentum_at(step, args.steps))
+    momentum = schedule(step, args.steps, 1, 0.001)  # of the running averages
+    statistics = dune.update_norms(student.teacher_norms, features, momentum)
 
     # 3. Student, loss, backward, one micro-batch after the other. The loss of the step is sum(c * l) / sum(c)
     #    over all images of all processes. The coefficients c depend on the losses, so sum(c) is known only
@@ -204,7 +205,7 @@ def train_step(args, step, batch, model, student, teachers, optimizer, params, g
     # 4. An update. DDP leaves grad(sum(c * l)) / world: times world / sum(c) it is the gradient of the loss.
     for group in optimizer.param_groups:
         max_lr = args.lr * args.batch / 256 * (args.muon_lr if group.get("muon") else 1)
-        group["lr"] = lr_at(step, args.steps, max_lr, args.min_lr, args.warmup)
+        group["lr"] = schedule(step, args.steps, max_lr, args.min_lr, args.warmup)
     grad_norm, skipped = update(params, optimizer, world / all_sum(coefficient_total), args.clip)
     metrics["", "grad_norm"] = torch.stack([torch.where(skipped > 0, 0, grad_norm), 1 - skipped])
     metrics["", "skipped"] = torch.stack([skipped, torch.ones_like(skipped)])
@@ -293,18 +294,13 @@ def update(params, optimizer, scale, clip):
     return grad_norm, skipped
 
 
-def lr_at(step, steps, max_lr, min_lr, warmup):
-    """Learning rate: linear from 0 to max_lr over the first warmup * steps steps, then a cosine to min_lr."""
+def schedule(step, steps, high, low, warmup=0):
+    """Linear from 0 to high over the first warmup * steps steps, then a cosine to low."""
     warmup_steps = int(warmup * steps)
     if step < warmup_steps:
-        return max_lr * step / max(1, warmup_steps - 1)
+        return high * step / max(1, warmup_steps - 1)
     progress = (step - warmup_steps) / (steps - warmup_steps)
-    return min_lr + (max_lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def momentum_at(step, steps):
-    """Momentum of the running statistics of the teachers' features: a cosine from 1 to 0.001 over the run."""
-    return 0.001 + 0.999 * (1 + math.cos(math.pi * step / steps)) / 2
+    return low + (high - low) * (1 + math.cos(math.pi * progress)) / 2
 
 
 # ---- Building teachers and student -------------------------------------------------------------------------

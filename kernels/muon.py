@@ -20,26 +20,23 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            if group.get("muon"):
-                for p in group["params"]:
-                    self.muon_step(p, group)
-                    p.grad = None  # AdamW leaves it out
+            if not group.get("muon"):
+                continue
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:  # AdamW expects a "step" in a checkpoint
+                    state.update(momentum=torch.zeros_like(p), step=torch.zeros(()))
+                momentum = state["momentum"]
+                skip = self.found_inf.to(p.device) > 0
+                lr = torch.where(skip, 0, group["lr"])
+                grad = torch.where(skip, momentum, p.grad)  # then the momentum stays as it is
+                momentum.lerp_(grad, 1 - MOMENTUM)
+                nesterov = grad.lerp(momentum, MOMENTUM)
+                update = orthogonalize(nesterov.to(group["muon"]))
+                p.mul_(1 - lr * group["weight_decay"])
+                p.sub_(update * (lr * 0.2 * max(p.shape) ** 0.5))
+                p.grad = None  # AdamW leaves it out
         super().step()
-
-    def muon_step(self, p, group):
-        state = self.state[p]
-        if not state:
-            state["momentum"] = torch.zeros_like(p)
-            state["step"] = torch.zeros(())  # AdamW expects it in a checkpoint
-        momentum = state["momentum"]
-        skip = self.found_inf.to(p.device) > 0
-        lr = torch.where(skip, 0, group["lr"])
-        grad = torch.where(skip, momentum, p.grad)  # then the momentum stays as it is
-        momentum.lerp_(grad, 1 - MOMENTUM)
-        nesterov = grad.lerp(momentum, MOMENTUM)
-        update = orthogonalize(nesterov.to(group["muon"]))
-        p.mul_(1 - lr * group["weight_decay"])
-        p.sub_(update * (lr * 0.2 * max(p.shape) ** 0.5))
 
 
 def orthogonalize(x):

@@ -21,6 +21,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("options", [
     "--sharing own --recompute --projector lp",
     "--teachers dinov2,mast3r --batch 10 --accumulate 3",  # micro-batches of 3, 3 and 4 images
+    "--image-size 28,56",
 ])
 def test_a_compiled_run_is_the_run(options, device, tmp_path, monkeypatch):
     """On a CPU by backend "aot_eager", which traces as always and runs the operations as they are: quick."""

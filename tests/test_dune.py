@@ -165,9 +165,9 @@ def test_a_teacher_that_does_not_count_may_have_no_finite_loss():
 
 def test_schedules(golden, close):
     file = golden("schedules")
-    rates = [train.lr_at(step, 1000, 12e-4, 1e-6, 0.2) for step in range(1000)]
+    rates = [train.schedule(step, 1000, 12e-4, 1e-6, 0.2) for step in range(1000)]
     close(torch.tensor(rates), file["lr"])
-    close(torch.tensor([train.momentum_at(step, 1000) for step in range(1000)]), file["ema_momentum"])
+    close(torch.tensor([train.schedule(step, 1000, 1, 0.001) for step in range(1000)]), file["ema_momentum"])
 
 
 # ---- The student

@@ -31,8 +31,8 @@ def test_presets_are_the_published_recipes(preset, changes):
     train.resolve_args(args, 4, torch.device("cpu"), torch.ones(3, 3).bool())
     assert args.batch == 4 * 128  # images per GPU, both papers
     schedule = args.steps, args.lr * args.batch / 256, args.min_lr, args.warmup
-    assert train.lr_at(int(args.warmup * args.steps), *schedule) == pytest.approx(2 * args.lr)
-    assert train.lr_at(args.steps - 1, *schedule) == pytest.approx(1e-6, rel=0.1)
+    assert train.schedule(int(args.warmup * args.steps), *schedule) == pytest.approx(2 * args.lr)
+    assert train.schedule(args.steps - 1, *schedule) == pytest.approx(1e-6, rel=0.1)
 
 
 @pytest.mark.parametrize("projector", ["tp", "lp"])
