@@ -613,9 +613,8 @@ def train(
     description  label of a progress bar, None: no bar
     """
     matrices, others = dune.split_matrices(module)
-    groups = [{"params": others}, {"params": matrices, "muon": torch.float32}]
     optimizer = Muon(
-        groups,
+        [{"params": others}, {"params": matrices, "muon": torch.float32}],
         lr=lr,
         weight_decay=weight_decay,
         betas=(0.9, beta2),
@@ -765,7 +764,7 @@ SPECIALISTS = {  # what ViT is built with
 }
 SPECIALIST_VERSION = 2  # of scenes and training: the next number makes everybody train them again
 SPECIALIST_SCENES = 1500
-SPECIALIST_PASSES = {"dinov2": 2.25, "mast3r": 1.5, "multihmr": 1.5}  # over the scenes
+SPECIALIST_IMAGES = {"dinov2": 3375, "mast3r": 2250, "multihmr": 2250}  # of all batches together
 SPECIALIST_BATCH = 16
 SPECIALIST_LR = 2e-3
 TINY_GRID = 8, 8
@@ -798,7 +797,7 @@ def train_specialist(name, count=SPECIALIST_SCENES):
     vit = ViT(**SPECIALISTS[name], **row.vit_kwargs)
     probe = PROBES[row.domain](vit.embed_dim, TINY_GRID)
     order = torch.cat([torch.randperm(count) for _ in range(3)])
-    batches = order[:int(SPECIALIST_PASSES[name] * count)].split(SPECIALIST_BATCH)
+    batches = order[:SPECIALIST_IMAGES[name]].split(SPECIALIST_BATCH)
 
     def loss(step):
         index = batches[step]

@@ -79,6 +79,7 @@ PRESETS = {
     "tiny": dict(arch="tiny", image_size="112", batch=24, steps=600, sharing="own", optimizer="muon",
                  muon_lr=4.0, lr=26e-3, warmup=0.1, projector="sp", layer_scale=0.0, crop=1.0, color=0.0),
 }
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OF_THE_MACHINE = {"batch": 0, "steps": 0, "dtype": "auto"}  # settled by resolve_args(), then kept by the run
 TINY_SCENES = ":1000000-1002500"  # seeds of the tiny preset's scenes; its teachers have not seen them
 RUN_OPTIONS = {  # options that do not affect the result, up to rounding: a resumed run may change them
@@ -310,7 +311,6 @@ def load_networks(args, device, checkpoint):
 
     The first process of a machine downloads, others wait.
     """
-    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     first = local_rank() == 0
     if not first:
         wait_for_all()
@@ -318,7 +318,9 @@ def load_networks(args, device, checkpoint):
     if args.init and not checkpoint:  # before the teachers: a mistake is told before their download
         is_teacher = args.init in TEACHERS
         source = load_teacher(args.init, args.weights[args.init]).vit if is_teacher else dune.load(args.init)
-    teachers = {name: load_teacher(name, args.weights[name], device, dtype) for name in args.teachers}
+    teachers = {}
+    for name in args.teachers:
+        teachers[name] = load_teacher(name, args.weights[name], device, DTYPES[args.dtype])
     if first:
         wait_for_all()
     return source, teachers
@@ -395,8 +397,7 @@ def build_optimizer(args, student, checkpoint):
         {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
     ]
     if args.optimizer == "muon":
-        dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-        groups.append({"params": matrices, "weight_decay": args.weight_decay, "muon": dtype})
+        groups.append({"params": matrices, "weight_decay": args.weight_decay, "muon": DTYPES[args.dtype]})
     optimizer = Muon(groups, args.lr, (args.beta1, args.beta2), args.eps, fused=True)
     if checkpoint is None:
         return optimizer, 0
@@ -755,9 +756,8 @@ def bench(args, loader, parts):
         metrics = train_step(args, step, batches[step % warmup_steps], *parts)
     metrics["", "loss"].tolist()
     seconds = (time.perf_counter() - begin) / args.bench / sizes
-    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     n = 1024 if device.type == "cpu" else 8192
-    matrix = torch.randn(n, n, device=device, dtype=dtype)
+    matrix = torch.randn(n, n, device=device, dtype=DTYPES[args.dtype])
     timer = torch.utils.benchmark.Timer("matrix @ matrix", globals={"matrix": matrix})
     rate = 2 * n**3 / timer.blocked_autorange().median
     flops = counter.get_total_flops() / sizes / seconds

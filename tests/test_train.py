@@ -159,7 +159,8 @@ def test_another_machine_changes_nothing_in_a_run(argv, tmp_path, monkeypatch, c
     command = argv(tmp_path, f"{left_to_the_machine} --batch 0")
     codes, text = end(start(2, tmp_path / "output", command), tmp_path / "output")
     dtype = "bf16" if bf16 else "fp32"
-    assert codes == [0, 0] and f"2 steps of 2 images at 56 px (32 patch tokens), 2 process(es) on cpu, {dtype}" in text, text
+    config = f"2 steps of 2 images at 56 px (32 patch tokens), 2 process(es) on cpu, {dtype}"
+    assert codes == [0, 0] and config in text, text
     assert "Warning" not in text and len(log_lines(tmp_path)) == 2, text
 
 
@@ -277,8 +278,8 @@ def test_a_run_of_several_sizes_tells_each(argv, tmp_path, capsys):
     train.main(argv(tmp_path, "--steps 6 --image-size 28,56,84 --log-every 1"))
     text = capsys.readouterr().out
     assert "12 images at 28,56,84 px (48 or 192 or 432 patch tokens)" in text
-    rows = re.findall(r"(\w+ \d+ px) +\d.\d+ +\d.\d+", text)
-    assert rows == [f"{name} {size} px" for size in (28, 56, 84) for name in NAMES]
+    rows = re.findall(r"(\d+) px +\d.\d+ +\d.\d+", text)
+    assert rows == 3 * ["28"] + 3 * ["56"] + 3 * ["84"], text
     with pytest.raises(dune.UserError, match="was trained with --image-size 28,56,84, not 28,84"):
         train.main(argv(tmp_path, "--steps 6 --image-size 28,84"))
     assert dune.load(tmp_path / "checkpoint.pt").encoder.grid == 6
@@ -453,7 +454,7 @@ def test_lists_and_samples(argv, tmp_path, capsys):
 @pytest.mark.parametrize("options, message", [
     ("--teachers dinov2,dinov9", "unknown or repeated teacher 'dinov9'"),
     ("--image-size 100", "--image-size 100: 100 is not a multiple of the patch size 14"),
-    ("--image-size 56,84,56", "--image-size 56,84,56: 56 is not a multiple of the patch size 14, or given twice"),
+    ("--image-size 56,84,56", "56 is not a multiple of the patch size 14, or given twice"),
     ("--image-size 56,", "--image-size 56,:  is not a multiple"),
     ("--arch huge", "argument --arch: invalid choice: 'huge'"),
     ("--arch odd", "--arch odd: embed_dim must be 64 * num_heads"),
