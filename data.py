@@ -726,7 +726,7 @@ def batches(
 ):
     """Endlessly, this process's part of each global batch from `start_step` on: b = batch // world images.
 
-    image_sizes: a list of pixels; a step takes one of them, see size_at.
+    image_sizes: sides in pixels; a step takes one of them, see size_at.
     Yields {"image": uint8 [b, 3, S, S], "group": int64 [b] (index into groups), "params": float32 [b, 11] for
     `augment`, "bad": ["path: reason"] of images that others replaced}, pinned if there is a GPU and enough
     /dev/shm. What step k holds depends on groups, image_sizes, batch, seed, scale and color alone.
@@ -898,7 +898,7 @@ def pca_colors(features, grid):
     return pictures
 
 
-COLORS = "#1f77b4 #d62728 #2ca02c #9467bd #ff7f0e #17becf #8c564b".split()
+COLORS = "#1f77b4 #d62728 #2ca02c #9467bd #ff7f0e #17becf #8c564b #e377c2 #bcbd22".split()
 
 
 def palette(n):

@@ -83,7 +83,7 @@ COMMANDS = {
     "loss": Command("Distillation losses on held-out images, by the running statistics.", {
         **MODEL,
         "data": IMAGES["data"],
-        "image_size": ("0", "pixels, several: 224,336; 0: as the student was trained"),
+        "image_size": ("0", "pixels, several: 224,336; 0: the largest size of the training"),
     }),
     "knn": Command("A folder of images for each class: weighted k-NN as in DINO, top-1 and top-5.", {
         **CLASSIFY,
@@ -262,7 +262,7 @@ def command_loss(args):
     images = []
     for size in sizes:
         models.image_size = size
-        batch = sample_images(args, models, 32 if size <= 128 else 8)
+        batch = sample_images(args, models, 32 if max(sizes) <= 128 else 8)
         images.append(batch.to(models.device))
     losses = HeldOut(images, models.teachers, models.patch_size).losses(student, running=True)
     print(f"losses on {len(batch)} images")

@@ -608,7 +608,7 @@ def train(
 
     module       what is trained: a probe, or a specialist and its probe
     loss         loss(step) returns the scalar to minimize at this step
-    lr           the highest learning rate of the cycle
+    lr           the highest learning rate of the cycle; twice as high for Muon
     clip         largest gradient norm, 0: no clipping
     description  label of a progress bar, None: no bar
     """
@@ -764,7 +764,7 @@ SPECIALISTS = {  # what ViT is built with
 }
 SPECIALIST_VERSION = 2  # of scenes and training: the next number makes everybody train them again
 SPECIALIST_SCENES = 1500
-SPECIALIST_IMAGES = {"dinov2": 3375, "mast3r": 2250, "multihmr": 2250}  # of all batches together
+SPECIALIST_IMAGES = {"dinov2": 3375, "mast3r": 2250, "multihmr": 2250}  # seen in training
 SPECIALIST_BATCH = 16
 SPECIALIST_LR = 2e-3
 TINY_GRID = 8, 8

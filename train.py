@@ -99,7 +99,7 @@ RUN_OPTIONS = {  # options that do not affect the result, up to rounding: a resu
     "recompute": (False, "recompute the student's blocks in the backward pass to save memory"),
     "compile": ("auto", "torch.compile teachers and student; auto = on GPUs", ("auto", "yes", "no")),
     "device": ("auto", "auto = cuda if there is one", ("auto", "cpu", "cuda")),
-    "bench": (0, "measure this number of steps, write nothing"),
+    "bench": (0, "measure this number of steps of each image size, write nothing"),
     "plot": (None, "comma-separated run folders: draw their logs into one plot and exit"),
     "show_data": (None, "print what --data holds, write samples to this PNG and exit"),
     "list_teachers": (False, "print the teachers, their licenses and files, and exit"),
@@ -133,9 +133,8 @@ def main(argv=None):
     student = build_student(args, source, teachers, checkpoint).to(device)
     params = [p for p in student.parameters() if p.requires_grad]
     optimizer, start = build_optimizer(args, student, checkpoint)     # start: number of steps already done
-    images = []  # held-out ones of each size
-    for size in args.image_sizes:
-        images.append(data.held_out_images(held_out_groups, size, 32 if size <= 128 else 8).to(device))
+    count = 32 if max(args.image_sizes) <= 128 else 8                 # held-out images of each group
+    images = [data.held_out_images(held_out_groups, size, count).to(device) for size in args.image_sizes]
     held_out = HeldOut(images, teachers, args.patch_size)
     model = compile_and_wrap(args, student, teachers, world, device)
     loader = data.batches(groups, args.image_sizes, args.batch, args.seed, rank, world, start, args.workers,
@@ -205,8 +204,8 @@ def train_step(args, step, batch, model, student, teachers, optimizer, params, g
 
     # 4. An update. DDP leaves grad(sum(c * l)) / world: times world / sum(c) it is the gradient of the loss.
     for group in optimizer.param_groups:
-        max_lr = args.lr * args.batch / 256 * (args.muon_lr if group.get("muon") else 1)
-        group["lr"] = schedule(step, args.steps, max_lr, args.min_lr, args.warmup)
+        lr = schedule(step, args.steps, args.lr * args.batch / 256, args.min_lr, args.warmup)
+        group["lr"] = lr * args.muon_lr if group.get("muon") else lr
     grad_norm, skipped = update(params, optimizer, world / all_sum(coefficient_total), args.clip)
     metrics["", "grad_norm"] = torch.stack([torch.where(skipped > 0, 0, grad_norm), 1 - skipped])
     metrics["", "skipped"] = torch.stack([skipped, torch.ones_like(skipped)])
@@ -413,7 +412,7 @@ def compile_and_wrap(args, student, teachers, world, device):
     """The student as train_step calls it: compiled if asked for, and in DistributedDataParallel."""
     if args.compile == "yes" or args.compile == "auto" and device.type == "cuda":
         # Blocks of the same shape share a graph: a ViT-L is compiled in a fourth of the time.
-        torch._dynamo.config.recompile_limit = 256   # for each shape of a block, and number of images
+        torch._dynamo.config.recompile_limit = 256   # for each shape of a block, number of images and size
         modules = [*student.encoder.blocks, *student.projectors.values()]
         for teacher in teachers.values():
             modules += teacher.vit.blocks
@@ -431,7 +430,7 @@ def print_config(args, rank, world, device, teachers):
         note = "; random teacher weights: losses are meaningless" if args.random_teachers else ""
         tokens = [f"{args.batch * (size // args.patch_size)**2:,}" for size in args.image_sizes]
         print(f"{len(args.teachers)} teachers, {args.steps} steps of {args.batch} images at {args.image_size}"
-              f" px ({' or '.join(tokens)} patch tokens), {world} process(es) on {device.type}, "
+              f" px ({' or '.join(tokens)} patch tokens a step), {world} process(es) on {device.type}, "
               f"{args.dtype}{note}")
 
 
@@ -460,11 +459,11 @@ class HeldOut:
         can be compared. running=True: by the running averages.
         """
         results = {}
+        training = student.training
+        student.eval()
         for inputs, features in zip(self.inputs, self.features):
-            training = student.training
             with torch.compiler.set_stance("force_eager"):  # this batch size is not worth a compilation
-                outputs = student.eval()(inputs)
-            student.train(training)
+                outputs = student(inputs)
             size = f" {inputs.shape[-1]} px" if len(self.inputs) > 1 else ""
             for name, tokens in features.items():
                 norm = student.teacher_norms[name]
@@ -477,6 +476,7 @@ class HeldOut:
                 loss, terms = dune.image_losses(outputs[name], tokens, statistics)
                 terms["loss"] = loss
                 results[name + size] = {term: value.mean().item() for term, value in terms.items()}
+        student.train(training)
         return results
 
 
@@ -836,8 +836,8 @@ def parse_sizes(text, patch_size):
     for word in text.split(","):
         size = int(word) if word.isdecimal() else 0
         if not 0 < size <= 4096 or size % patch_size or size in sizes:
-            raise UserError(f"--image-size {text}: {word} is not a multiple of the patch size {patch_size}, "
-                            "or given twice")
+            raise UserError(f"--image-size {text}: write a multiple of the patch size {patch_size}, up to "
+                            "4096, or several different ones, as 224,336")
         sizes.append(size)
     return sizes
 

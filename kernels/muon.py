@@ -6,28 +6,29 @@ MOMENTUM = 0.95
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but Muon for param groups with "muon": dtype. Their parameters are matrices [rows, cols].
+    """AdamW, but Muon for param groups with a key "muon". Their parameters are matrices [rows, cols].
 
-    dtype: in which the iteration runs. torch.bfloat16 is enough, but slow where a device only emulates it.
+    muon: dtype of the iteration. torch.bfloat16 is enough, but slow where a device only emulates it.
 
-    Both have decoupled weight decay, and Muon's updates are as large as AdamW's (Moonlight, arXiv
-    2502.16982), so its learning rates fit. A step where the tensor found_inf is 1 changes nothing, as with
-    torch's fused optimizers.
+    Both have decoupled weight decay. Muon's updates are as large as AdamW's (Moonlight, arXiv 2502.16982);
+    twice AdamW's learning rate was best in this project. fused=True: a step where the attribute found_inf, a
+    tensor, is 1 changes nothing, as with GradScaler.
     """
-
-    found_inf = torch.zeros(())
 
     @torch.no_grad()
     def step(self):
+        found_inf = getattr(self, "found_inf", torch.zeros(()))
         for group in self.param_groups:
             if not group.get("muon"):
                 continue
             for p in group["params"]:
+                if p.grad is None:
+                    continue
                 state = self.state[p]
                 if not state:  # AdamW expects a "step" in a checkpoint
                     state.update(momentum=torch.zeros_like(p), step=torch.zeros(()))
                 momentum = state["momentum"]
-                skip = self.found_inf.to(p.device) > 0
+                skip = found_inf.to(p.device) > 0
                 lr = torch.where(skip, 0, group["lr"])
                 grad = torch.where(skip, momentum, p.grad)  # then the momentum stays as it is
                 momentum.lerp_(grad, 1 - MOMENTUM)
@@ -43,11 +44,11 @@ def orthogonalize(x):
     """A matrix with the singular vectors of x [rows, cols], and singular values near 1, from 0.5 to 1.5.
 
     Five steps of a Newton-Schulz iteration: an odd polynomial of x is that polynomial of its singular values.
-    The coefficients are Jordan's. Singular values below 1 % of the norm stay smaller.
+    The coefficients are Jordan's. Singular values below 0.1 % of the norm stay smaller.
     """
     if x.shape[0] > x.shape[1]:
         return orthogonalize(x.T).T
-    x = x / x.norm().clamp(min=1e-7)
+    x = x / x.norm().clamp(min=1e-20)
     for _ in range(5):
         gram = x @ x.T
         quintic = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)

@@ -84,7 +84,7 @@ RUNS = {
     "UNIC's ladder": "--projector lp --norm unic --clip 0",
     "recompute": "--recompute --projector sp",
     "bf16": "--dtype bf16",
-    "Muon": "--optimizer muon",
+    "Muon, several sizes": "--optimizer muon --image-size 28,56",
 }
 
 

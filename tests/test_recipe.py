@@ -70,7 +70,8 @@ def test_weight_decay_is_for_matrices():
 ])
 def test_muon_takes_the_matrices_of_attention_and_mlps(projector, taken):
     model = dune.DUNE(dune.ViT(56, 14, 64, 1, 1), {"dinov2": (64, True)}, projector)
-    optimizer, _ = train.build_optimizer(train.parse_args(["--optimizer", "muon"]), model, None)
+    args = train.parse_args("--optimizer muon --dtype fp32".split())
+    optimizer, _ = train.build_optimizer(args, model, None)
     names = {p: name for name, p in model.named_parameters()}
     found = {names[p].removesuffix(".weight") for p in optimizer.param_groups[2]["params"]}
     wanted = {f"encoder.blocks.0.{x}" for x in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}

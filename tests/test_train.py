@@ -103,7 +103,7 @@ def wait_for(condition):
     (1, "--sharing own+generic", "--accumulate 4"),
     (2, "--sharing own", "--accumulate 2"),
     (4, "", ""),
-    (2, "--optimizer muon", "--accumulate 2"),
+    (2, "--optimizer muon --image-size 28,56", "--accumulate 2"),
 ])
 def test_several_processes_and_micro_batches_are_one(world, options, own_options, argv, tmp_path):
     options += " --steps 10"
@@ -159,7 +159,7 @@ def test_another_machine_changes_nothing_in_a_run(argv, tmp_path, monkeypatch, c
     command = argv(tmp_path, f"{left_to_the_machine} --batch 0")
     codes, text = end(start(2, tmp_path / "output", command), tmp_path / "output")
     dtype = "bf16" if bf16 else "fp32"
-    config = f"2 steps of 2 images at 56 px (32 patch tokens), 2 process(es) on cpu, {dtype}"
+    config = f"2 steps of 2 images at 56 px (32 patch tokens a step), 2 process(es) on cpu, {dtype}"
     assert codes == [0, 0] and config in text, text
     assert "Warning" not in text and len(log_lines(tmp_path)) == 2, text
 
@@ -254,6 +254,9 @@ def test_a_run_stopped_twice_is_the_undisturbed_run_to_the_last_bit(own_options,
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     whole, parts = load_model(tmp_path / "whole"), load_model(tmp_path / "parts")
     assert all(parts[key].equal(x) for key, x in whole.items())
+    content = dune.load_checkpoint(tmp_path / "parts/checkpoint.pt")
+    rates = [group["lr"] for group in content["optimizer"]["param_groups"]]
+    assert rates[1:] == ([rates[0], 2 * rates[0]] if "muon" in own_options else rates[:1])
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -277,7 +280,7 @@ def test_steps_that_are_not_finite_are_skipped_and_ten_end_the_run(optimizer, ar
 def test_a_run_of_several_sizes_tells_each(argv, tmp_path, capsys):
     train.main(argv(tmp_path, "--steps 6 --image-size 28,56,84 --log-every 1"))
     text = capsys.readouterr().out
-    assert "12 images at 28,56,84 px (48 or 192 or 432 patch tokens)" in text
+    assert "12 images at 28,56,84 px (48 or 192 or 432 patch tokens a step)" in text
     rows = re.findall(r"(\d+) px +\d.\d+ +\d.\d+", text)
     assert rows == 3 * ["28"] + 3 * ["56"] + 3 * ["84"], text
     with pytest.raises(dune.UserError, match="was trained with --image-size 28,56,84, not 28,84"):
@@ -453,9 +456,9 @@ def test_lists_and_samples(argv, tmp_path, capsys):
 
 @pytest.mark.parametrize("options, message", [
     ("--teachers dinov2,dinov9", "unknown or repeated teacher 'dinov9'"),
-    ("--image-size 100", "--image-size 100: 100 is not a multiple of the patch size 14"),
-    ("--image-size 56,84,56", "56 is not a multiple of the patch size 14, or given twice"),
-    ("--image-size 56,", "--image-size 56,:  is not a multiple"),
+    ("--image-size 100", "--image-size 100: write a multiple of the patch size 14, up to 4096"),
+    ("--image-size 56,84,56", "--image-size 56,84,56: write a multiple"),
+    ("--image-size 56,", "--image-size 56,: write a multiple"),
     ("--arch huge", "argument --arch: invalid choice: 'huge'"),
     ("--arch odd", "--arch odd: embed_dim must be 64 * num_heads"),
     ("--drop 1.5", "argument --drop: '1.5' is not float from 0 to 1"),
