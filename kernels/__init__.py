@@ -6,7 +6,7 @@
 
 Triton kernels on CUDA and ROCm (`moments.py`, `distill.py`; on the CPU with TRITON_INTERPRET=1, for tests).
 Plain PyTorch (`reference.py`) elsewhere and for float64. To use it in another project, copy the folder: it
-needs torch, and Triton for its kernels.
+needs torch, and Triton for its kernels. `muon.py`, the optimizer, stands alone.
 """
 
 import importlib.util
