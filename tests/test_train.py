@@ -430,7 +430,7 @@ def test_a_student_starts_as_a_teachers_encoder(registers, argv, tmp_path, monke
 # ---- Other commands, mistakes
 
 def test_bench_counts_what_runs(argv, tmp_path, monkeypatch, capsys):
-    """Under --sharing own a teacher runs on a third of the images."""
+    """Under --sharing own a teacher runs on a third of the images; of several sizes a step of each counts."""
     counters = []
 
     def counter(**options):
@@ -439,11 +439,11 @@ def test_bench_counts_what_runs(argv, tmp_path, monkeypatch, capsys):
 
     FlopCounterMode = train.FlopCounterMode
     monkeypatch.setattr(train, "FlopCounterMode", counter)
-    for sharing in ("all", "own"):
-        train.main(argv(tmp_path / "out", f"--bench 1 --sharing {sharing}"))
+    for options in ("--sharing all", "--sharing own", "--image-size 28,56"):
+        train.main(argv(tmp_path / "out", f"--bench 1 {options}"))
         assert "images/s" in (text := capsys.readouterr().out) and "(MFU)" in text
     flops = [x.get_total_flops() for x in counters]
-    assert 0.3 < flops[1] / flops[0] < 0.9 and not (tmp_path / "out").exists()
+    assert 0.3 < flops[1] / flops[0] < 0.9 and 1.1 < flops[2] / flops[0] < 1.4 and not (tmp_path / "out").exists()
 
 
 def test_lists_and_samples(argv, tmp_path, capsys):
